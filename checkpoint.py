@@ -1,0 +1,419 @@
+"""Atomic, verified checkpoint directories that are Hugging Face model directories.
+
+    python checkpoint.py list checkpoints              what is there, and why it is kept
+    python checkpoint.py verify checkpoints            check every file of every checkpoint
+    python checkpoint.py verify checkpoints/step_005000
+
+`checkpoints/step_005000/` holds model.safetensors (fp32, Hugging Face's names), config.json,
+generation_config.json, tokenizer.json, tokenizer_config.json, training_state.safetensors
+(optimizer and RNG), trainer_state.json, README.md, and manifest.json, the proof that it is whole.
+`latest` and `best` are symbolic links. files.py has the protocol by which directories are written.
+Only tensors and JSON are read: opening someone's checkpoint executes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import doors
+import faults
+import files
+from config import CheckpointConfig, UserError
+
+if TYPE_CHECKING:  # the doors and the lock must answer before torch is imported
+    from torch import Tensor
+
+FORMAT_VERSION = 1
+ATTEMPTS = 3  # at writing, when an error may pass; with pauses of 1 and 2 seconds
+_STEP = re.compile(r"step_(\d{6})")
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, damaged, foreign, or could not be written."""
+
+    exit_code = 3
+
+
+@dataclass
+class Checkpoint:
+    """Everything that one checkpoint holds, in host memory."""
+
+    step: int
+    weights: dict[str, Tensor]  # fp32, names as in model.safetensors
+    training_state: dict[str, Tensor]  # optimizer.<slot>.<parameter> and rng.<source>
+    trainer_state: dict[str, Any]  # JSON: counters, losses, fingerprints, configuration, versions
+    documents: dict[str, Any] = field(default_factory=dict)  # the other JSON and text files
+
+
+def directory_of(root: Path, step: int) -> Path:
+    """The directory of a step's checkpoint."""
+    return root / f"step_{step:06d}"
+
+
+def steps(root: Path) -> list[int]:
+    """The steps that have a directory in `root`, ascending, whole or not."""
+    if not root.is_dir():
+        return []
+    matches = (_STEP.fullmatch(path.name) for path in root.iterdir())
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def huggingface_documents(
+    model_config: dict[str, Any], generation: dict[str, Any], tokenizer_json: str, end: str
+) -> dict[str, Any]:
+    """The files besides the weights that make a directory a Hugging Face model directory.
+
+    Args:
+        model_config: config.json's content.
+        generation: generation_config.json's sampling settings.
+        end: the end-of-text token's text.
+    """
+    ids = {key: model_config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return {
+        "config.json": model_config,
+        "generation_config.json": {**ids, **generation},
+        "tokenizer.json": tokenizer_json,
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": end,
+            "eos_token": end,
+            "pad_token": "<|pad|>",
+            "model_max_length": model_config["max_position_embeddings"],
+            "clean_up_tokenization_spaces": False,
+        },
+    }
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """safetensors' save_file, with the system's error as an OSError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+
+
+def write(root: Path, checkpoint: Checkpoint) -> int:
+    """Write one checkpoint; returns its bytes. A crash at any moment leaves the old state.
+
+    Raises:
+        files.DiskFullError: there is not enough room, before or while writing.
+        OSError: anything else that the system says.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    tensors = [*checkpoint.weights.values(), *checkpoint.training_state.values()]
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    needed = size + size // 10 + (1 << 20)
+    files.require_space(root, needed)
+    final = directory_of(root, checkpoint.step)
+    temporary = files.temporary_directory(final)
+    try:
+        faults.point("save.begin")
+        _save_tensors(checkpoint.weights, temporary / "model.safetensors")
+        faults.point("save.weights")
+        _save_tensors(checkpoint.training_state, temporary / "training_state.safetensors")
+        files.write_json(temporary / "trainer_state.json", checkpoint.trainer_state)
+        for name, content in checkpoint.documents.items():
+            if isinstance(content, str):
+                (temporary / name).write_text(content, encoding="utf-8")
+            else:
+                files.write_json(temporary / name, content)
+        faults.point("save.files")
+        written = files.publish(temporary, final, "save")
+    except OSError as error:
+        files.remove(temporary)
+        if files.is_disk_full(error):
+            raise files.DiskFullError(
+                f"{final}: {error.strerror}; {needed:,} bytes are needed and "
+                f"{files.free_bytes(root):,} are free there"
+            ) from error
+        raise
+    files.link(final.name, root / "latest")
+    faults.point("save.linked")
+    return written
+
+
+class Writer:
+    """Writes checkpoints behind the training loop's back.
+
+    `save` returns once the tensors are copied to host memory; writing, hashing and fsync go on in
+    a thread. There is at most one write under way: a second `save` waits for the first. `wait`
+    ends the last write. An error is logged and the run goes on: the next save tries again; only
+    `wait(final=True)` raises it.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        keep: CheckpointConfig,
+        log: Callable[[str], None],
+        on_saved: Callable[[Checkpoint, Path, int], None],
+    ) -> None:
+        self.root, self.keep, self.log, self.on_saved = root, keep, log, on_saved
+        self.thread: threading.Thread | None = None
+        self.error: BaseException | None = None
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Begin to write a checkpoint whose tensors nobody else will change until `wait`."""
+        self.wait()
+        self.error = None
+        self.thread = threading.Thread(target=self._write, args=(checkpoint,), name="checkpoint")
+        self.thread.start()
+
+    def wait(self, final: bool = False) -> None:
+        """Wait for the write under way, if any.
+
+        Raises:
+            CheckpointError: `final`, and the last checkpoint could not be written.
+        """
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        if final and self.error is not None:
+            raise CheckpointError(f"the last checkpoint could not be written: {self.error}")
+
+    def _write(self, checkpoint: Checkpoint) -> None:
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                size = write(self.root, checkpoint)
+                self.on_saved(checkpoint, directory_of(self.root, checkpoint.step), size)
+                prune(self.root, self.keep)
+                return
+            except (OSError, UserError) as error:
+                self.error = error
+                passing = isinstance(error, OSError) and files.is_transient(error)
+                if not passing or attempt == ATTEMPTS:
+                    self.log(f"checkpoint of step {checkpoint.step} failed: {error}")
+                    return
+                self.log(f"checkpoint of step {checkpoint.step}: {error}; trying again")
+                time.sleep(2 ** (attempt - 1))
+                self.error = None
+            except BaseException as error:  # a bug: let the training loop's last wait report it
+                self.error = error
+                raise
+
+
+# --- retention -----------------------------------------------------------------------------------
+
+
+def _looks_whole(directory: Path) -> bool:
+    """Whether each file of the manifest is there with its size: a check without hashing."""
+    try:
+        entries = files.read_json(directory / files.MANIFEST)["files"]
+        return bool(entries) and all(
+            (directory / name).stat().st_size == entry["size"] for name, entry in entries.items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _state(directory: Path) -> dict[str, Any]:
+    """A checkpoint's trainer_state.json; empty where it cannot be read."""
+    try:
+        state = files.read_json(directory / "trainer_state.json")
+        return state if isinstance(state, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def kept(root: Path, keep: CheckpointConfig) -> dict[int, list[str]]:
+    """Each whole checkpoint's reasons to stay: newest, best, phase end, asked for; maybe none.
+
+    Ordered by step, never by time. Directories that are not whole are no checkpoints here: they
+    count for nothing and are not touched.
+    """
+    whole = [step for step in steps(root) if _looks_whole(directory_of(root, step))]
+    states = {step: _state(directory_of(root, step)) for step in whole}
+    reasons: dict[int, list[str]] = {step: [] for step in whole}
+    for step in whole[-keep.keep_last :]:
+        reasons[step].append("newest")
+    losses = {step: states[step].get("val_loss") for step in whole}
+    losses = {step: loss for step, loss in losses.items() if isinstance(loss, float)}
+    if keep.keep_best and losses:
+        reasons[min(losses, key=lambda step: losses[step])].append("best")
+    for step in whole:
+        if states[step].get("phase_end"):
+            reasons[step].append(f"end of phase {states[step].get('phase')}")
+        if step in keep.keep_steps:
+            reasons[step].append("keep_steps")
+    return reasons
+
+
+def prune(root: Path, keep: CheckpointConfig) -> None:
+    """Remove the whole checkpoints that nothing keeps, and point `best` at the best."""
+    reasons = kept(root, keep)
+    for step, why in reasons.items():
+        if "best" in why:
+            files.link(directory_of(root, step).name, root / "best")
+    faults.point("prune.begin")
+    for step, why in reasons.items():
+        if not why:
+            files.remove(directory_of(root, step))
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def newest_whole(
+    root: Path, log: Callable[[str], None], first: int = 0, last: int = 999_999
+) -> Path | None:
+    """The newest checkpoint from step `first` to `last` whose every file is as its manifest says.
+
+    Damaged ones are named by `log` and passed over. None where there is no checkpoint at all.
+
+    Raises:
+        CheckpointError: there are checkpoints, and all of them are damaged.
+    """
+    damaged = []
+    for step in reversed(steps(root)):
+        if first <= step <= last:
+            directory = directory_of(root, step)
+            wrong = files.problem(directory)
+            if wrong is None:
+                return directory
+            damaged.append(f"{directory}: {wrong}")
+            log(f"damaged checkpoint {directory}: {wrong}; taking the one before it")
+    if damaged:
+        raise CheckpointError(
+            f"every checkpoint is damaged ({'; '.join(damaged)}); restore one from a copy, or "
+            "move them away to start afresh"
+        )
+    return None
+
+
+def require_whole(directory: Path) -> None:
+    """Raise CheckpointError, naming directory and file, unless the checkpoint is whole."""
+    if not directory.exists():
+        raise CheckpointError(f"{directory}: there is no such checkpoint{_neighbours(directory)}")
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: is not a checkpoint directory")
+    wrong = files.problem(directory)
+    if wrong:
+        raise CheckpointError(f"{directory}: damaged: {wrong}{_neighbours(directory)}")
+
+
+def _neighbours(directory: Path) -> str:
+    """`; there are: ...`, the other checkpoints beside one that cannot be used."""
+    names = [directory_of(directory.parent, step).name for step in steps(directory.parent)]
+    others = [name for name in names if name != directory.name]
+    return f"; there are: {', '.join(others)}" if others else ""
+
+
+def read(directory: Path) -> Checkpoint:
+    """Read a verified checkpoint into host memory.
+
+    Raises:
+        CheckpointError: it is damaged, or of a newer format than this code knows.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    require_whole(directory)
+    try:
+        state = files.read_json(directory / "trainer_state.json")
+        version = state["format_version"]
+        if version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"{directory}: has format {version}, and this code knows {FORMAT_VERSION}; "
+                "update it"
+            )
+        return Checkpoint(
+            step=state["step"],
+            weights=load_file(directory / "model.safetensors"),
+            training_state=load_file(directory / "training_state.safetensors"),
+            trainer_state=state,
+            documents={"tokenizer.json": (directory / "tokenizer.json").read_text("utf-8")},
+        )
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError(f"{directory}: is not one of our checkpoints: {error!r}") from error
+
+
+def lock(root: Path) -> contextlib.AbstractContextManager[None]:
+    """Hold `root` for this run, made if need be, and sweep what dead writers left there.
+
+    Of a torchrun, rank 0 holds it for all.
+
+    Raises:
+        CheckpointError: the directory cannot be made or written.
+        files.LockedError: another run holds it.
+    """
+    return _hold(root) if doors.is_main_process() else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _hold(root: Path) -> Iterator[None]:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        (root / ".lock").touch()
+    except OSError as error:
+        raise CheckpointError(
+            f"--save_dir {root}: {error.strerror}; name a directory that can be written"
+        ) from error
+    with files.lock(root / ".lock"):
+        if left := files.sweep(root):
+            doors.warn(f"{root}: removed what an interrupted save left: {', '.join(left)}")
+        yield
+
+
+# --- door ----------------------------------------------------------------------------------------
+
+
+def _list(root: Path) -> int:
+    found = steps(root)
+    if not found:
+        raise CheckpointError(f"{root}: holds no checkpoints")
+    reasons = kept(root, CheckpointConfig())
+    print(f"{'checkpoint':<14}{'val_loss':>10}{'MB':>9}  kept as")
+    for step in found:
+        directory = directory_of(root, step)
+        state = _state(directory)
+        loss = state.get("val_loss")
+        size = sum(path.stat().st_size for path in directory.iterdir()) if directory.is_dir() else 0
+        shown = f"{loss:.4f}" if isinstance(loss, float) and math.isfinite(loss) else "-"
+        why = ", ".join(reasons[step]) if step in reasons else "DAMAGED (see verify)"
+        print(f"{directory.name:<14}{shown:>10}{size / 1e6:>9.1f}  {why}")
+    return 0
+
+
+def _verify(path: Path) -> int:
+    targets = [directory_of(path, step) for step in steps(path)] or [path]
+    if targets == [path]:
+        if path.is_dir() and not (path / files.MANIFEST).exists():
+            raise CheckpointError(f"{path}: holds no checkpoints and is none")
+        require_whole(path)
+    bad = 0
+    for directory in targets:
+        wrong = files.problem(directory)
+        bad += wrong is not None
+        print(f"{directory}: {'whole' if wrong is None else 'DAMAGED: ' + wrong}")
+    return CheckpointError.exit_code if bad else 0
+
+
+def main() -> int:
+    """The door: list or verify."""
+    parser = doors.ArgumentParser(description=__doc__)
+    parser.add_argument("action", choices=("list", "verify"))
+    parser.add_argument("path", type=Path, help="a save_dir; for verify also one checkpoint")
+    arguments = parser.parse_args()
+    return _list(arguments.path) if arguments.action == "list" else _verify(arguments.path)
+
+
+if __name__ == "__main__":
+    doors.run(main)

@@ -1,0 +1,58 @@
+"""Phase 2: go on from the end of phase 1, by default from step 5000 to 5050.
+
+    python continue_training.py --config config.yaml --input_file input.txt --save_dir checkpoints
+    python continue_training.py --start_step 5000 --train_steps 200
+
+Weights, optimizer, learning-rate schedule, data order, W&B run and RNG go on where the checkpoint
+of `--start_step` left them. An interrupted continuation is picked up where it stopped.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import checkpoint
+import config as configuration
+import doors
+import train
+from config import Config
+
+
+def find_start(save_dir: Path, start_step: int, last: int) -> Path:
+    """The newest whole checkpoint of the continuation, else the one that it starts from.
+
+    Raises:
+        CheckpointError: the checkpoint of start_step is missing or damaged.
+    """
+    checkpoint.require_whole(checkpoint.directory_of(save_dir, start_step))
+    newest = checkpoint.newest_whole(save_dir, doors.warn, start_step, last)
+    return newest or checkpoint.directory_of(save_dir, start_step)
+
+
+def phase_one_schedule(config: Config, directory: Path) -> Config:
+    """The configuration with the schedule's length that the checkpoint was trained with.
+
+    The rate then goes on where it was, also after a phase 1 that was run with --train_steps.
+    """
+    state = checkpoint.files.read_json(directory / "trainer_state.json")
+    steps = state["config"]["training"]["train_steps"]
+    return configuration.replace_training(config, train_steps=steps)
+
+
+def main() -> int:
+    """The door of phase 2."""
+    stop = doors.StopSignals().install()
+    flags = train.parser(__doc__)
+    flags.add_argument("--start_step", type=doors.positive_integer, metavar="N")
+    arguments = flags.parse_intermixed_args()
+    config = train.load_config(arguments)
+    start_step = arguments.start_step or config.training.train_steps
+    last = start_step + (arguments.train_steps or config.training.continue_steps)
+    with checkpoint.lock(arguments.save_dir):
+        resume_from = find_start(arguments.save_dir, start_step, last)
+        config = phase_one_schedule(config, resume_from)
+        return train.start(arguments, config, 2, last, resume_from, stop)
+
+
+if __name__ == "__main__":
+    doors.run(main)

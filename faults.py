@@ -1,0 +1,46 @@
+"""Named places where a test may make a run fail. Does nothing unless FAULT is set.
+
+    FAULT=save.rename:kill:2     SIGKILL this process the second time it comes past `save.rename`
+
+Actions: kill (SIGKILL), term (SIGTERM), error (OSError EIO), full (OSError ENOSPC), memory
+(torch.OutOfMemoryError), sleep (half a second, for a test that sends a signal just then). The last
+number counts visits from 1; `3+` means the third and each later one. The crash tests in tests/ are
+written with these, so that a fault falls exactly between two system calls.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import time
+from collections import Counter
+
+_visits: Counter[str] = Counter()
+
+
+def point(name: str) -> None:
+    """Do what FAULT asks at the place called `name`; nothing without FAULT."""
+    wanted = os.environ.get("FAULT")
+    if not wanted:
+        return
+    place, action, when = (wanted + ":1").split(":")[:3]
+    if place != name:
+        return
+    _visits[name] += 1
+    first, lasting = int(when.rstrip("+")), when.endswith("+")
+    if _visits[name] != first and not (lasting and _visits[name] > first):
+        return
+    if action == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif action == "term":
+        os.kill(os.getpid(), signal.SIGTERM)
+    elif action == "sleep":
+        time.sleep(0.5)
+    elif action == "memory":
+        import torch
+
+        raise torch.OutOfMemoryError(f"fault at {name}")
+    else:
+        number = errno.ENOSPC if action == "full" else errno.EIO
+        raise OSError(number, os.strerror(number), f"fault at {name}")

@@ -1,0 +1,464 @@
+"""The transformer, function for function Hugging Face's `Starcoder2`.
+
+- pre-LayerNorm decoder, biases on every linear layer, GELU (tanh approximation)
+- rotary position embeddings (RoPE), half-rotation as in Hugging Face
+- tied embeddings; the head's matrix is padded to a multiple of 128 rows inside forward only
+- fp32 master weights; compute in bf16 by explicit casts in the layers, the residual stream in bf16
+- attention by flash-attn, PyTorch's SDPA, or its definition ("math")
+- gradient checkpointing none / selective / full; dropout; a KV cache for generation
+
+Parameter names are Hugging Face's, so a state_dict saved as model.safetensors *is* a checkpoint of
+`Starcoder2ForCausalLM`. Dimensions in comments: B batch, T sequence, C width, H heads, D head size.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from config import ConfigError, ModelConfig
+
+HEAD_MULTIPLE = 128  # rows of the head's matrix: a multiple keeps its matrix products aligned
+IGNORE_INDEX = -100  # the label of a position that is not predicted (PyTorch's default)
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+# --- attention: q, k, v (B, T, H, D) -> (B, T, H, D), causal ------------------------------------
+
+
+def attention_math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention by its definition; softmax in fp32. The reference for the others."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
+    scores = (q @ k.transpose(-2, -1)).float() / math.sqrt(q.size(-1))
+    future = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).triu(1)
+    weights = scores.masked_fill(future, float("-inf")).softmax(dim=-1).to(q.dtype)
+    return (weights @ v).transpose(1, 2)
+
+
+def attention_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention by `torch.nn.functional.scaled_dot_product_attention`."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # SDPA takes (B, H, T, D)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+def load_flash_attention(hopper: bool) -> tuple[Attention, str]:
+    """flash-attn's function and its name: FlashAttention 3 on Hopper where installed, else 2.
+
+    Raises:
+        ImportError: neither is installed.
+    """
+    if hopper:
+        try:
+            flash3 = importlib.import_module("flash_attn_interface").flash_attn_func
+
+            def attention_flash3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                out = flash3(q, k, v, causal=True)
+                return out[0] if isinstance(out, tuple) else out  # early versions add the lse
+
+            return attention_flash3, "flash_attn 3"
+        except ImportError:
+            pass  # FlashAttention 2 is the fallback by design; its absence raises below
+    flash2 = importlib.import_module("flash_attn").flash_attn_func
+    return partial(flash2, causal=True), "flash_attn 2"
+
+
+def choose_attention(
+    wanted: str, device: torch.device, dtype: torch.dtype, deterministic: bool = False
+) -> tuple[Attention, str]:
+    """Pick the attention function, and say which and why in a few words.
+
+    Args:
+        wanted: `model.attention`: auto, flash_attn, sdpa or math.
+        dtype: the compute dtype; flash-attn takes bf16 only.
+        deterministic: leave out the kernels whose backward pass is not reproducible.
+
+    Raises:
+        ConfigError: flash_attn was asked for by name and cannot be used.
+    """
+    if wanted == "math":
+        return attention_math, "math (asked for)"
+    if device.type != "cuda":
+        if wanted == "flash_attn":
+            raise ConfigError(
+                ["model.attention: flash_attn needs a CUDA GPU and there is none; use auto"]
+            )
+        return attention_sdpa, "sdpa (PyTorch's own; there is no GPU)"
+    hopper = torch.cuda.get_device_capability(device)[0] == 9
+    cudnn = torch.backends.cudnn.version() or 0
+    cudnn_is_fastest = hopper and cudnn >= 91501 and not deterministic
+    if wanted == "flash_attn" or (
+        wanted == "auto" and not cudnn_is_fastest and dtype == torch.bfloat16 and not deterministic
+    ):
+        try:
+            function, name = load_flash_attention(hopper)
+            return function, f"{name} ({'asked for' if wanted == 'flash_attn' else 'installed'})"
+        except ImportError as error:
+            if wanted == "flash_attn":
+                raise ConfigError(
+                    [
+                        f"model.attention: flash_attn cannot be imported ({error}); "
+                        "pip install -r requirements-gpu.txt, or use auto"
+                    ]
+                ) from error
+    if cudnn_is_fastest:
+        return attention_sdpa, f"sdpa, cuDNN {cudnn} first (fastest on Hopper)"
+    return attention_sdpa, "sdpa" + (" (asked for)" if wanted == "sdpa" else "")
+
+
+# --- layers --------------------------------------------------------------------------------------
+
+
+class Linear(nn.Linear):
+    """nn.Linear with fp32 weights that computes in the dtype of its input."""
+
+    def reset_parameters(self) -> None:
+        """Draw nothing: `initialize` or a checkpoint sets every weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features), in x's dtype."""
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding without its own random start."""
+
+    def reset_parameters(self) -> None:
+        """Draw nothing: `initialize` or a checkpoint sets every weight."""
+
+
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm with fp32 weights and the dtype of its input; statistics are in fp32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C), in x's dtype."""
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+def rotary_table(length: int, head_size: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of RoPE (arXiv 2104.09864), each (length, head_size / 2), fp32."""
+    frequencies = 1.0 / theta ** (torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
+    angles = torch.arange(length, dtype=torch.float32)[:, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + D/2) of each head. x (B, T, H, D); cos, sin (B or 1, T, 1, D/2)."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, for each layer, and each row's own length.
+
+    Rows may differ in length: a key at index j of a row takes part when j <= the query's position,
+    so what lies beyond a row's length is never seen.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        max_length: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        head_size = config.hidden_size // config.num_attention_heads
+        shape = (batch_size, max_length, config.num_attention_heads, head_size)
+        layers = range(config.num_hidden_layers)
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
+        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)  # (B,)
+
+    def positions(self, count: int) -> Tensor:
+        """The positions (B, count) of the next `count` tokens of each row."""
+        return self.lengths[:, None] + torch.arange(count, device=self.lengths.device)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store k, v (B, T, H, D) at each row's next positions and attend over all so far."""
+        positions = self.positions(q.size(1))
+        rows = torch.arange(q.size(0), device=q.device)[:, None]
+        keys, values = self.keys[layer], self.values[layer]
+        keys[rows, positions], values[rows, positions] = k, v
+        end = int(positions.max()) + 1
+        visible = torch.arange(end, device=q.device) <= positions[..., None]  # (B, T, end)
+        q, k, v = (x.transpose(1, 2) for x in (q, keys[:, :end], values[:, :end]))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None])
+        return out.transpose(1, 2)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head causal self-attention with RoPE."""
+
+    def __init__(self, config: ModelConfig, attention: Attention, layer: int) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.heads = config.num_attention_heads
+        self.layer = layer
+        self.attention = attention
+        self.q_proj = Linear(width, width)
+        self.k_proj = Linear(width, width)
+        self.v_proj = Linear(width, width)
+        self.o_proj = Linear(width, width)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        # One matrix product for q, k and v: three parameters (Hugging Face's names), joined here.
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        weight = torch.cat([p.weight for p in projections]).to(x.dtype)
+        bias = torch.cat([p.bias for p in projections]).to(x.dtype)
+        qkv = F.linear(x, weight, bias).unflatten(-1, (3, self.heads, -1))  # (B, T, 3, H, D)
+        q, k, v = qkv.unbind(dim=2)
+        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        out = self.attention(q, k, v) if cache is None else cache.attend(self.layer, q, k, v)
+        return self.o_proj(out.flatten(2))
+
+
+class MLP(nn.Module):
+    """Two linear layers with GELU (tanh approximation) between them."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.c_fc = Linear(config.hidden_size, config.intermediate_size)
+        self.c_proj = Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """One transformer layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, attention: Attention, layer: int) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.input_layernorm = LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.self_attn = SelfAttention(config, attention, layer)
+        self.post_attention_layernorm = LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        drop = partial(F.dropout, p=self.dropout, training=self.training)
+        x = x + drop(self.self_attn(self.input_layernorm(x), cos, sin, cache))
+        return x + drop(self.mlp(self.post_attention_layernorm(x)))
+
+
+def _save_matrix_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Selective checkpointing: keep what is dear (matrix products, attention), redo the rest."""
+    name = str(op)
+    dear = name.startswith(("aten.mm", "aten.addmm", "aten.linear", "aten.bmm")) or (
+        "attention" in name or "flash" in name
+    )
+    return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+class Transformer(nn.Module):
+    """Embedding, the layers, and the final norm."""
+
+    def __init__(self, config: ModelConfig, attention: Attention) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = "none"
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        layers = range(config.num_hidden_layers)
+        self.layers = nn.ModuleList(Block(config, attention, layer) for layer in layers)
+        self.norm = LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        head_size = config.hidden_size // config.num_attention_heads
+        cos, sin = rotary_table(config.max_position_embeddings, head_size, config.rope_theta)
+        self.register_buffer("rotary_cos", cos, persistent=False)
+        self.register_buffer("rotary_sin", sin, persistent=False)
+
+    def forward(self, input_ids: Tensor, dtype: torch.dtype, cache: KVCache | None) -> Tensor:
+        """Token ids (B, T) -> hidden states (B, T, C) in the compute dtype."""
+        x = F.embedding(input_ids, self.embed_tokens.weight).to(dtype)
+        x = F.dropout(x, p=self.config.dropout, training=self.training)
+        count = input_ids.size(1)
+        at = slice(count) if cache is None else cache.positions(count)  # (T,) or (B, T)
+        cos = self.rotary_cos[at].unsqueeze(-2).to(dtype)  # (T, 1, D/2) or (B, T, 1, D/2)
+        sin = self.rotary_sin[at].unsqueeze(-2).to(dtype)
+        for layer in self.layers:
+            if self.gradient_checkpointing == "none" or not self.training:
+                x = layer(x, cos, sin, cache)
+            elif self.gradient_checkpointing == "full":
+                x = checkpoint(layer, x, cos, sin, cache, use_reentrant=False)
+            else:
+                contexts = partial(create_selective_checkpoint_contexts, _save_matrix_products)
+                x = checkpoint(layer, x, cos, sin, cache, use_reentrant=False, context_fn=contexts)
+        if cache is not None:
+            cache.lengths += count
+        return self.norm(x)
+
+
+class CausalLM(nn.Module):
+    """The language model: a Transformer and a head that shares the embedding's matrix.
+
+    Args:
+        config: the architecture.
+        dtype: the compute dtype; the parameters stay as they are (fp32 for training).
+        attention: a function of q, k, v as `choose_attention` gives.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype = torch.float32,
+        attention: Attention = attention_sdpa,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.dtype = dtype
+        self.model = Transformer(config, attention)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states (..., C) -> logits (..., vocab_size) in the compute dtype."""
+        weight = self.model.embed_tokens.weight.to(hidden.dtype)
+        missing = -weight.size(0) % HEAD_MULTIPLE
+        return F.linear(hidden, F.pad(weight, (0, 0, 0, missing)))[..., : weight.size(0)]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        cache: KVCache | None = None,
+        reduction: str = "mean",
+    ) -> Tensor:
+        """Logits (B, T, V), or with labels the loss in nats, fp32.
+
+        Args:
+            input_ids: (B, T), int64.
+            labels: (B, T), int64: the *next* token of each position (already shifted), or
+                IGNORE_INDEX where nothing is predicted.
+            cache: keys and values of earlier tokens; the new ones are added to it.
+            reduction: of the loss: "mean" over the predicted positions, or "sum".
+        """
+        hidden = self.model(input_ids, self.dtype, cache)
+        logits = self.logits(hidden)
+        if labels is None:
+            return logits
+        # The softmax is in fp32; under torch.compile the cast is fused and costs nothing.
+        return F.cross_entropy(
+            logits.flatten(0, 1).float(),
+            labels.flatten(),
+            ignore_index=IGNORE_INDEX,
+            reduction=reduction,
+        )
+
+
+def initialize(model: CausalLM, generator: torch.Generator) -> None:
+    """Draw fresh weights, as GPT-2 did.
+
+    | weight                                   | value                                       |
+    | embedding, q, k, v, c_fc                 | normal, std initializer_range               |
+    | o_proj, mlp.c_proj (write the residual)  | normal, std initializer_range / sqrt(2 x layers) |
+    | LayerNorm weight                         | 1                                           |
+    | every bias                               | 0                                           |
+    """
+    config = model.config
+    residual = config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif "norm" in name:
+                parameter.fill_(1.0)
+            else:
+                writes_residual = name.endswith(("o_proj.weight", "c_proj.weight"))
+                std = residual if writes_residual else config.initializer_range
+                parameter.normal_(0.0, std, generator=generator)
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Parameters of the model: 123,654,144 for the default architecture."""
+    norms = (2 * config.num_hidden_layers + 1) * 2 * config.hidden_size
+    per_layer_biases = 5 * config.hidden_size + config.intermediate_size
+    return matrix_parameters(config) + norms + config.num_hidden_layers * per_layer_biases
+
+
+def matrix_parameters(config: ModelConfig) -> int:
+    """Parameters in matrices: the ones that are multiplied with, and weight-decayed."""
+    width, inner = config.hidden_size, config.intermediate_size
+    per_layer = 4 * width * width + 2 * width * inner
+    return config.vocab_size * width + config.num_hidden_layers * per_layer
+
+
+def flops_per_token(config: ModelConfig, sequence_length: int, causal: bool = True) -> int:
+    """Floating-point operations of forward and backward for one token of training.
+
+    6 per matrix parameter, plus attention: 12 x layers x width x sequence_length, of which a
+    causal mask needs half (the convention of arXiv 2204.02311, appendix B).
+    """
+    attention = 12 * config.num_hidden_layers * config.hidden_size * sequence_length
+    return 6 * matrix_parameters(config) + (attention // 2 if causal else attention)
+
+
+def huggingface_config(config: ModelConfig, eos: int | None, pad: int | None) -> dict[str, Any]:
+    """The config.json of the same model in Hugging Face's `Starcoder2`."""
+    return {
+        "architectures": ["Starcoder2ForCausalLM"],
+        "model_type": "starcoder2",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_attention_heads,
+        "hidden_act": "gelu_pytorch_tanh",
+        "max_position_embeddings": config.max_position_embeddings,
+        "initializer_range": config.initializer_range,
+        "norm_epsilon": config.layer_norm_epsilon,
+        "rope_theta": config.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "sliding_window": None,
+        "attention_dropout": 0.0,
+        "residual_dropout": config.dropout,
+        "embedding_dropout": config.dropout,
+        "use_bias": True,
+        "tie_word_embeddings": True,
+        "use_cache": True,
+        "bos_token_id": eos,
+        "eos_token_id": eos,
+        "pad_token_id": pad,
+        "dtype": "float32",
+    }
+
+
+def from_huggingface_config(values: dict[str, Any]) -> ModelConfig:
+    """The inverse of `huggingface_config`.
+
+    Raises:
+        ValueError: the config.json is of another architecture than ours.
+    """
+    fixed = huggingface_config(ModelConfig(), None, None)
+    for key in ("model_type", "hidden_act", "use_bias", "tie_word_embeddings", "sliding_window"):
+        if values.get(key, fixed[key]) != fixed[key]:
+            raise ValueError(f"{key} is {values[key]!r}, expected {fixed[key]!r}")
+    if values.get("num_key_value_heads") != values.get("num_attention_heads"):
+        raise ValueError("num_key_value_heads differs from num_attention_heads")
+    rope = values.get("rope_parameters") or values
+    return ModelConfig(
+        vocab_size=values["vocab_size"],
+        hidden_size=values["hidden_size"],
+        num_hidden_layers=values["num_hidden_layers"],
+        num_attention_heads=values["num_attention_heads"],
+        intermediate_size=values["intermediate_size"],
+        max_position_embeddings=values["max_position_embeddings"],
+        rope_theta=rope["rope_theta"],
+        layer_norm_epsilon=values["norm_epsilon"],
+        initializer_range=values["initializer_range"],
+        dropout=values["residual_dropout"],
+    )
