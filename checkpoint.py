@@ -272,11 +272,16 @@ def prune(root: Path, keep: CheckpointConfig) -> None:
 
 
 def newest_whole(
-    root: Path, log: Callable[[str], None], first: int = 0, last: int = 999_999
+    root: Path,
+    log: Callable[[str], None],
+    first: int = 0,
+    last: int = 999_999,
+    otherwise: Path | None = None,
 ) -> Path | None:
     """The newest checkpoint from step `first` to `last` whose every file is as its manifest says.
 
-    Damaged ones are named by `log` and passed over. None where there is no checkpoint at all.
+    Damaged ones are named by `log` and passed over. `otherwise` is the answer when none is whole;
+    None where there is no checkpoint at all.
 
     Raises:
         CheckpointError: there are checkpoints, and all of them are damaged.
@@ -290,12 +295,12 @@ def newest_whole(
                 return directory
             damaged.append(f"{directory}: {wrong}")
             log(f"damaged checkpoint {directory}: {wrong}; taking the one before it")
-    if damaged:
+    if damaged and otherwise is None:
         raise CheckpointError(
             f"every checkpoint is damaged ({'; '.join(damaged)}); restore one from a copy, or "
             "move them away to start afresh"
         )
-    return None
+    return otherwise
 
 
 def require_whole(directory: Path) -> None:
@@ -317,15 +322,14 @@ def _neighbours(directory: Path) -> str:
 
 
 def read(directory: Path) -> Checkpoint:
-    """Read a verified checkpoint into host memory.
+    """Read a checkpoint that `newest_whole` or `require_whole` has just found whole.
 
     Raises:
-        CheckpointError: it is damaged, or of a newer format than this code knows.
+        CheckpointError: it is not one of ours, or of a newer format than this code knows.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    require_whole(directory)
     try:
         state = files.read_json(directory / "trainer_state.json")
         version = state["format_version"]

@@ -24,9 +24,11 @@ def find_start(save_dir: Path, start_step: int, last: int) -> Path:
     Raises:
         CheckpointError: the checkpoint of start_step is missing or damaged.
     """
-    checkpoint.require_whole(checkpoint.directory_of(save_dir, start_step))
-    newest = checkpoint.newest_whole(save_dir, doors.warn, start_step, last)
-    return newest or checkpoint.directory_of(save_dir, start_step)
+    start = checkpoint.directory_of(save_dir, start_step)
+    checkpoint.require_whole(start)
+    if doors.is_main_process():
+        print(f"phase 1 is complete: {start} is whole (every sha256 agrees)", flush=True)
+    return checkpoint.newest_whole(save_dir, doors.warn, start_step + 1, last, otherwise=start)
 
 
 def phase_one_schedule(config: Config, directory: Path) -> Config:

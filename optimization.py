@@ -103,13 +103,17 @@ def layer_of(parameter_name: str) -> str:
     return ".".join(parts[:2]) if parts[0] == "layers" else parts[0]
 
 
-def layer_norms(model: nn.Module) -> dict[str, float]:
-    """The gradient norm of each layer, in order; waits for the device."""
+def layer_norms(model: nn.Module, clipped_by: float) -> dict[str, float]:
+    """The gradient norm of each layer, in order, before clipping; waits for the device.
+
+    Args:
+        clipped_by: what clipping divided the gradients by (1.0: nothing).
+    """
     layers: dict[str, list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             layers.setdefault(layer_of(name), []).append(parameter.grad)
-    return {name: float(total_norm(gradients)) for name, gradients in layers.items()}
+    return {name: float(total_norm(gradients)) * clipped_by for name, gradients in layers.items()}
 
 
 class Stepper:

@@ -447,7 +447,9 @@ def _report(run: Run, loss: float, norm: float, steps_per_second: float) -> None
         peak_memory_gib=hardware.peak_memory_gib(run.device),
         elapsed_seconds=run.earlier_seconds + time.monotonic() - run.started,
     )
-    run.tracker.event("gradients", progress.step, norms=optimization.layer_norms(run.model))
+    clipped_by = max(1.0, norm / config.training.max_grad_norm)
+    norms = optimization.layer_norms(run.model, clipped_by)
+    run.tracker.event("gradients", progress.step, norms=norms)
 
 
 @torch.no_grad()

@@ -1,0 +1,80 @@
+# Sourced by train.sh and tests/run.sh: the Python environment and the environment variables.
+# By hand: `source env.sh`, then `python train.py ...`
+#
+# The active Python environment is used when it has what REQUIREMENTS asks for; else .venv is made
+# and filled, again when the requirements change. NO_INSTALL=1 takes the active one as it is.
+
+REQUIREMENTS=${REQUIREMENTS:-requirements.txt}
+_root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+_has_requirements() {
+    "$1" - $REQUIREMENTS <<'PYTHON' >/dev/null 2>&1
+import sys
+from importlib.metadata import version
+
+for name in sys.argv[1:]:
+    for line in open(name):
+        package, exact, wanted = line.partition("#")[0].strip().partition("==")
+        if package and version(package).partition("+")[0] != wanted:
+            sys.exit(1)
+PYTHON
+}
+
+_make_environment() {
+    local python
+    python=$(command -v python || command -v python3) || {
+        echo "error: there is no python on this machine; install Python 3.10 to 3.13" >&2
+        return 3
+    }
+    if [ "${NO_INSTALL:-0}" = 1 ] || _has_requirements "$python"; then
+        PYTHON=$python
+        return 0
+    fi
+    if [ ! -x .venv/bin/python ]; then
+        echo "making the Python environment .venv"
+        "$python" -m venv .venv || return 3
+    fi
+    if ! _has_requirements .venv/bin/python; then
+        echo "installing $REQUIREMENTS into .venv"
+        local file files=()
+        for file in $REQUIREMENTS; do files+=(-r "$file"); done
+        .venv/bin/python -m pip install --quiet "${files[@]}" || {
+            echo "error: the installation failed (no network?); NO_INSTALL=1 uses the active" \
+                "Python environment as it is" >&2
+            return 3
+        }
+    fi
+    PATH="$_root/.venv/bin:$PATH"
+    PYTHON=$_root/.venv/bin/python
+}
+
+cd "$_root" || return
+_make_environment || return
+
+# The specification's variables; each can be set from outside.
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+export WANDB_PROJECT=${WANDB_PROJECT:-smollm2-training}
+export WANDB_WATCH=${WANDB_WATCH:-gradients}
+export WANDB_LOG_MODEL=${WANDB_LOG_MODEL:-true}
+export WANDB_SILENT=${WANDB_SILENT:-false}
+export WANDB_CONSOLE=${WANDB_CONSOLE:-wrap}
+export WANDB_DISABLE_CODE=${WANDB_DISABLE_CODE:-false}
+
+# Debugging aids: they make every kernel launch synchronous or print a lot, so only with DEBUG=1.
+if [ "${DEBUG:-0}" = 1 ]; then
+    export CUDA_LAUNCH_BLOCKING=${CUDA_LAUNCH_BLOCKING:-1}
+    export TORCH_USE_CUDA_DSA=${TORCH_USE_CUDA_DSA:-1}
+    export TORCH_SHOW_CPP_STACKTRACES=${TORCH_SHOW_CPP_STACKTRACES:-1}
+    export TORCH_DISTRIBUTED_DEBUG=${TORCH_DISTRIBUTED_DEBUG:-INFO}
+fi
+
+GPUS=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null || echo 0)
+export GPUS PYTHON PATH
+if [ "$GPUS" = 0 ]; then
+    # Keep freed memory in the process: a 100 MB tensor then costs no page faults each time.
+    export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0}
+    export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-17179869184}
+    export MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_:-268435456}
+else
+    export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+fi

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Makes the tests' environment, then runs pytest with the given arguments.
+#
+#   tests/run.sh                    what CI runs
+#   tests/run.sh --slow -k kill     the long tiers of the tests with "kill" in their names
+#   tests/run.sh -m gpu             the tests that need a GPU
+cd "$(dirname "$0")/.." || exit 1
+REQUIREMENTS="requirements.txt requirements-dev.txt"
+source ./env.sh || exit
+export WANDB_MODE=${WANDB_MODE:-disabled}
+exec "$PYTHON" -m pytest tests "$@"
