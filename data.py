@@ -530,14 +530,16 @@ def validation_batches(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The whole held-out text in consecutive windows: each token but the first predicted once.
 
-    Batches are spread over the processes and all have the same shape: what is missing in the last
-    ones is filled with token 0 and labels `ignore_index`.
+    Batches are spread over the processes, each gets as many, and all have the same shape: what is
+    missing at the end is filled with token 0 and labels `ignore_index`.
 
     Yields:
         input_ids and labels, each (batch_size, sequence_length), int64.
     """
     starts = range(0, len(tokens) - 1, sequence_length)
-    for first in range(rank * batch_size, len(starts), batch_size * world_size):
+    rounds = -(-len(starts) // (batch_size * world_size))
+    for number in range(rounds):
+        first = (number * world_size + rank) * batch_size
         inputs = np.zeros((batch_size, sequence_length), dtype=np.int64)
         labels = np.full((batch_size, sequence_length), ignore_index, dtype=np.int64)
         for row, start in enumerate(starts[first : first + batch_size]):

@@ -213,7 +213,9 @@ def main() -> int:
     model, tokenizer = load(arguments.checkpoint, device, hardware.choose_dtype("auto", device))
     limit = model.config.max_position_embeddings
     if settings.max_length > limit:
-        raise GenerationError(f"--max_length {settings.max_length} is over the model's {limit}")
+        if arguments.max_length is not None:
+            raise GenerationError(f"--max_length {settings.max_length} is over the model's {limit}")
+        settings = dataclasses.replace(settings, max_length=limit)
     samples = sample_prompts(model, tokenizer, settings, seed)
     for sample in samples:
         if arguments.json:

@@ -34,7 +34,8 @@ def draw(events: list[Event], log_dir: Path) -> list[Path]:
 
 
 def _figure(title: str, x: str, y: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5))
+    figure.subplots_adjust(left=0.1, right=0.82, bottom=0.12, top=0.92)
     axes = figure.subplots()
     axes.set(title=title, xlabel=x, ylabel=y)
     axes.grid(alpha=0.3)

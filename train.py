@@ -96,7 +96,7 @@ def start(
     """Hand over to the training loop, or say that there is nothing left to do."""
     if resume_from is not None and (done := step_of(resume_from)) >= last:
         if doors.is_main_process():
-            print(f"phase {phase} is complete: {resume_from} is at step {done} of {last}")
+            print(f"phase {phase} (to step {last}) is complete: {resume_from} is at step {done}")
         return 0
     if config.training.deterministic:  # read by cuBLAS when CUDA starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

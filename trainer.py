@@ -26,6 +26,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import checkpoint
@@ -160,9 +162,6 @@ def _wrap(
     if distributed.world_size() == 1:
         return model, lambda sync: contextlib.nullcontext()
     if sharded:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
         mesh = init_device_mesh(device.type, (distributed.world_size(),))
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh)
@@ -205,6 +204,7 @@ def _set_up(job: Job, logger: logging.Logger) -> Run:
     if saved:
         training_state.load_weights(model, saved)
     else:
+        training_state.seed_rng(configuration.derive_seed(config.training.seed, 0, "global"))
         seed = configuration.derive_seed(config.training.seed, 0, "weights")
         models.initialize(model, torch.Generator().manual_seed(seed))
     model = model.to(device).train()
@@ -469,13 +469,17 @@ def _evaluate(run: Run, step: int) -> None:
     )
     for inputs, labels in batches:
         if run.interrupted():
-            run.model.train()
-            return
+            break
         # The model itself, not its DDP wrapper: there are no gradients to share.
         loss = run.model(_to_device(run, inputs), _to_device(run, labels), reduction="sum")
         count = (labels != models.IGNORE_INDEX).sum()
         totals += torch.tensor([loss.item(), count], dtype=torch.float64)
     run.model.train()
+    for module in run.model.modules():
+        if isinstance(module, FSDPModule):  # without a backward pass it stays gathered
+            module.reshard()
+    if run.interrupted():
+        return
     total, count = distributed.all_reduce_sum(totals).tolist()
     loss = total / count
     progress = run.progress
@@ -491,7 +495,8 @@ def _evaluate(run: Run, step: int) -> None:
         seconds=time.monotonic() - started,
     )
     _histograms(run, step)
-    run.tracker.draw(step)
+    if step > 0:
+        run.tracker.draw(step)
     gc.collect()
 
 

@@ -53,6 +53,13 @@ def _from_tensor(tensor: Tensor) -> Any:
     return json.loads(bytes(tensor.tolist()))
 
 
+def seed_rng(seed: int) -> None:
+    """Seed every global random generator: nothing here draws from them, a library might."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)  # every CUDA device's too
+
+
 def restore_rng(states: dict[str, Tensor]) -> None:
     """Set every global random generator as `rng_states` saw it; ones that are absent stay."""
     version, key, gauss = _from_tensor(states["rng.python"])
