@@ -169,6 +169,7 @@ class Writer:
         self.root, self.keep, self.log, self.on_saved = root, keep, log, on_saved
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
+        self.written: int | None = None  # the newest step that is on the disk
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Begin to write a checkpoint whose tensors nobody else will change until `wait`."""
@@ -193,6 +194,7 @@ class Writer:
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 size = write(self.root, checkpoint)
+                self.written = checkpoint.step
                 self.on_saved(checkpoint, directory_of(self.root, checkpoint.step), size)
                 prune(self.root, self.keep)
                 return

@@ -26,8 +26,7 @@ def find_start(save_dir: Path, start_step: int, last: int) -> Path:
     """
     start = checkpoint.directory_of(save_dir, start_step)
     checkpoint.require_whole(start)
-    if doors.is_main_process():
-        print(f"phase 1 is complete: {start} is whole (every sha256 agrees)", flush=True)
+    doors.say(f"phase 1 is complete: {start} is whole (every sha256 agrees)")
     return checkpoint.newest_whole(save_dir, doors.warn, start_step + 1, last, otherwise=start)
 
 

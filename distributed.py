@@ -69,6 +69,16 @@ def all_reduce_max(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is FSDP's (a DTensor), without importing that half second of code."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor as it is on one process; collective where it is sharded."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
 def from_main(value: Any) -> Any:
     """Rank 0's value of a small picklable object, on every process."""
     if not dist.is_initialized():

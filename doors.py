@@ -45,10 +45,18 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def warn(line: str) -> None:
-    """A line on stderr, once for a whole torchrun."""
+def say(line: str) -> None:
+    """A line on stdout, once for a whole torchrun; a reader that went away is no error."""
     if is_main_process():
-        print(line, file=sys.stderr, flush=True)
+        with contextlib.suppress(BrokenPipeError):
+            print(line, flush=True)
+
+
+def warn(line: str) -> None:
+    """A line on stderr, once for a whole torchrun; a reader that went away is no error."""
+    if is_main_process():
+        with contextlib.suppress(OSError):
+            print(line, file=sys.stderr, flush=True)
 
 
 def run(main: Callable[[], int]) -> None:
@@ -65,7 +73,7 @@ def run(main: Callable[[], int]) -> None:
         code = 130
     except BrokenPipeError:  # the reader of our output went away: `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+        code = 128 + signal.SIGPIPE
     except Exception as error:
         code = 1
         hint = "" if os.environ.get("DEBUG") == "1" else " (DEBUG=1 shows where; please report it)"
@@ -77,12 +85,13 @@ def _report(line: str) -> None:
     """Print an error on stderr, once for a whole torchrun."""
     if os.environ.get("DEBUG") == "1":
         traceback.print_exc()
-    with contextlib.suppress(OSError):  # stderr may be gone; the exit code still says it
-        warn(line)
+    warn(line)
 
 
 def leave(code: int) -> None:
     """Exit with `code`; torchrun has one exit code of its own, so tell train.sh ours by a file."""
+    for number in StopSignals.NUMBERS:  # all is done: a late one must not change the exit code
+        signal.signal(number, signal.SIG_IGN)
     path = os.environ.get("EXIT_CODE_FILE")
     if path and code and is_main_process():
         with open(path, "w", encoding="utf-8") as file:
@@ -100,6 +109,8 @@ class StopSignals:
     on: checkpoints are written under temporary names, so nothing can be torn.
     """
 
+    NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
     def __init__(self) -> None:
         self.number = 0
         self.deferred = False
@@ -107,7 +118,7 @@ class StopSignals:
 
     def install(self) -> StopSignals:
         """Install the handlers. A SIGHUP that was ignored (nohup) stays ignored."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        for number in self.NUMBERS:
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                 continue
             signal.signal(number, self._handle)

@@ -2,10 +2,10 @@
 
     FAULT=save.rename:kill:2     SIGKILL this process the second time it comes past `save.rename`
 
-Actions: kill (SIGKILL), term (SIGTERM), error (OSError EIO), full (OSError ENOSPC), memory
-(torch.OutOfMemoryError), sleep (half a second, for a test that sends a signal just then). The last
-number counts visits from 1; `3+` means the third and each later one. The crash tests in tests/ are
-written with these, so that a fault falls exactly between two system calls.
+Actions: a signal to this process (kill, term, int, hup, usr1), error (OSError EIO), full (OSError
+ENOSPC), memory (torch.OutOfMemoryError), sleep (two seconds, for a test that sends a signal just
+then). The last number counts visits from 1; `3+` means the third and each later one. The crash
+tests in tests/ use these, so that a fault falls exactly between two system calls.
 """
 
 from __future__ import annotations
@@ -31,12 +31,10 @@ def point(name: str) -> None:
     first, lasting = int(when.rstrip("+")), when.endswith("+")
     if _visits[name] != first and not (lasting and _visits[name] > first):
         return
-    if action == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    elif action == "term":
-        os.kill(os.getpid(), signal.SIGTERM)
+    if number := getattr(signal, f"SIG{action.upper()}", None):
+        os.kill(os.getpid(), number)
     elif action == "sleep":
-        time.sleep(0.5)
+        time.sleep(2)
     elif action == "memory":
         import torch
 

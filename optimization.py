@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 import distributed
@@ -93,8 +92,7 @@ def build_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.A
 
 def total_norm(gradients: Iterable[Tensor]) -> Tensor:
     """The 2-norm of all gradients together, () fp32, without waiting for the device."""
-    norm = get_total_norm(gradients, foreach=True)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return distributed.whole(get_total_norm(gradients, foreach=True))
 
 
 def layer_of(parameter_name: str) -> str:
@@ -199,7 +197,7 @@ class Stepper:
         return torch.stack([loss, norm, self.poison, stop])
 
     def _update(self) -> None:
-        if isinstance(next(self.model.parameters()), DTensor):
+        if distributed.is_sharded(next(self.model.parameters())):
             # The fused kernel does not take a plain tensor beside sharded ones: ask the host.
             if self.poison.item() == 0:
                 self.optimizer.step()

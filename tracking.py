@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
@@ -86,6 +87,7 @@ class Metrics:
 
     def __init__(self, path: Path, step: int, log: Callable[[str], None]) -> None:
         self.path, self.log = path, log
+        self.lock = threading.Lock()  # the checkpoint writer's thread appends too
         self.events: list[dict[str, Any]] = []
         self.waiting: list[str] = []  # lines that could not be written yet
         self.failing = False
@@ -116,6 +118,10 @@ class Metrics:
 
     def append(self, event: dict[str, Any]) -> None:
         """Add one event. Where the disk is full the line waits for the next try."""
+        with self.lock:
+            self._append(event)
+
+    def _append(self, event: dict[str, Any]) -> None:
         self.events.append(event)
         self.waiting.append(json.dumps(event, ensure_ascii=False) + "\n")
         try:

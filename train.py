@@ -19,6 +19,7 @@ from pathlib import Path
 import checkpoint
 import config as configuration
 import doors
+import faults
 from config import Config, ConfigError
 
 
@@ -95,11 +96,11 @@ def start(
 ) -> int:
     """Hand over to the training loop, or say that there is nothing left to do."""
     if resume_from is not None and (done := step_of(resume_from)) >= last:
-        if doors.is_main_process():
-            print(f"phase {phase} (to step {last}) is complete: {resume_from} is at step {done}")
+        doors.say(f"phase {phase} (to step {last}) is complete: {resume_from} is at step {done}")
         return 0
     if config.training.deterministic:  # read by cuBLAS when CUDA starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    faults.point("start.import")
     import trainer  # imports torch: after everything that can be checked without it
 
     return trainer.run(

@@ -40,6 +40,7 @@ pass_on() {
     [ "$child" = 0 ] || kill -s "$1" "$child" 2>/dev/null
 }
 stopped=0
+trap '' PIPE # the reader of the output may go away; the log files have it all
 trap 'pass_on INT 130' INT
 trap 'pass_on TERM 143' TERM
 trap 'pass_on HUP 129' HUP
@@ -102,4 +103,6 @@ phase() {
 common=(--config "$config" --input_file "$input_file" --save_dir "$save_dir" --log_dir "$log_dir")
 phase train.py "${common[@]}" --resume auto ${overrides[@]+"${overrides[@]}"}
 phase continue_training.py "${common[@]}" ${overrides[@]+"${overrides[@]}"}
-echo "done: checkpoints in $save_dir, logs and plots in $log_dir; python generate.py --checkpoint $save_dir/latest"
+echo "done: checkpoints in $save_dir, logs and plots in $log_dir;" \
+    "python generate.py --checkpoint $save_dir/latest" 2>/dev/null
+exit 0

@@ -26,8 +26,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import checkpoint
@@ -162,6 +160,9 @@ def _wrap(
     if distributed.world_size() == 1:
         return model, lambda sync: contextlib.nullcontext()
     if sharded:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
         mesh = init_device_mesh(device.type, (distributed.world_size(),))
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh)
@@ -476,7 +477,7 @@ def _evaluate(run: Run, step: int) -> None:
         totals += torch.tensor([loss.item(), count], dtype=torch.float64)
     run.model.train()
     for module in run.model.modules():
-        if isinstance(module, FSDPModule):  # without a backward pass it stays gathered
+        if hasattr(module, "reshard"):  # FSDP's: without a backward pass it stays gathered
             module.reshard()
     if run.interrupted():
         return
@@ -740,8 +741,10 @@ def _run(run: Run, logger: logging.Logger) -> int:
         fit_memory(run)
     try:
         complete = _train(run)
-        if not complete and checkpoint.steps(job.save_dir)[-1:] != [run.progress.step]:
-            _save(run)
+        if not complete:
+            run.writer.wait()  # perhaps this very step is being written
+            if run.writer.written != run.progress.step:
+                _save(run)
         run.writer.wait(final=True)
     except UserError as error:
         run.tracker.log(f"error: {error}")
@@ -762,6 +765,7 @@ def _saved(run: Run, saved: checkpoint.Checkpoint, path: Path, size: int) -> Non
 
 def _finish(run: Run, complete: bool) -> int:
     """Say how it ended, hand artifacts over, and give the exit code."""
+    faults.point("finish")
     job, progress = run.job, run.progress
     final = checkpoint.directory_of(job.save_dir, progress.step)
     if complete:

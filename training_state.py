@@ -15,21 +15,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
+import distributed
 from checkpoint import Checkpoint, CheckpointError
 
 SLOTS = ("step", "exp_avg", "exp_avg_sq")
 
 
-def _full(tensor: Tensor) -> Tensor:
-    """A tensor as it is on one process; collective where it is sharded."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def full_weights(model: nn.Module) -> dict[str, Tensor]:
     """The model's parameters by Hugging Face's names; collective where they are sharded."""
-    return {name: _full(p.detach()) for name, p in model.named_parameters()}
+    return {name: distributed.whole(p.detach()) for name, p in model.named_parameters()}
 
 
 def rng_states() -> dict[str, Tensor]:
@@ -104,7 +99,7 @@ class HostCopy:
         if self.enabled:
             self.thread.join()
         for name, tensor in self._live():
-            whole = _full(tensor)  # collective: on every process
+            whole = distributed.whole(tensor)  # collective: on every process
             if self.enabled:
                 self.buffers[name].copy_(whole, non_blocking=True)
         if torch.cuda.is_available():
@@ -147,7 +142,9 @@ def load_optimizer(
                         f"the checkpoint of step {checkpoint.step} lacks optimizer.{slot}.{name}"
                     )
                 live = optimizer.state[parameter][slot]
-                if isinstance(live, DTensor):
+                if distributed.is_sharded(live):
+                    from torch.distributed.tensor import distribute_tensor
+
                     saved = distribute_tensor(
                         saved.to(live.device), live.device_mesh, live.placements
                     )

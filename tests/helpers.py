@@ -1,0 +1,117 @@
+"""What the whole-run tests share: a tiny model, the real command lines, and what a run left."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "data"  # texts and tokenizers that are not part of the project
+
+TINY = {
+    "model": {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 128,
+        "max_position_embeddings": 64,
+    },
+    "tokenizer": {"source": "train"},
+    "data": {"sequence_length": 64, "cache_dir": "cache"},
+    "training": {
+        "train_steps": 12,
+        "continue_steps": 4,
+        "batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "warmup_steps": 3,
+        "learning_rate": 1e-3,
+        "min_learning_rate": 1e-4,
+        "logging_steps": 1,
+        "eval_steps": 999,
+        "save_steps": 2,
+        "sample_steps": 999,
+    },
+    "generation": {"max_length": 16},
+    "wandb": {"mode": "disabled"},
+}
+
+
+def write_tiny(directory: Path, text_bytes: int = 30_000) -> None:
+    """Put tiny.yaml and text.txt into a directory that tests run in."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "tiny.yaml").write_text(json.dumps(TINY), encoding="utf-8")
+    text = (ROOT / "input.txt").read_bytes()[:text_bytes]
+    (directory / "text.txt").write_bytes(text)
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """The tests' environment: one thread, and no variable that would change a run."""
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("WANDB_", "FAULT", "DEBUG", "EXIT_CODE")) and k != "OMP_NUM_THREADS"
+    }
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # for train.sh's `python`
+    return {**kept, "PATH": path, "OMP_NUM_THREADS": "1", **extra}
+
+
+def command(script: str, *arguments: str, run: str = "run") -> list[str]:
+    """The command line of train.py or continue_training.py with the tiny configuration."""
+    return [
+        sys.executable, str(ROOT / script), "--config", "tiny.yaml", "--input_file", "text.txt",
+        "--save_dir", f"{run}/checkpoints", "--log_dir", f"{run}/logs", *arguments,
+    ]  # fmt: skip
+
+
+def call(
+    directory: Path, words: list[str], timeout: float = 120, **extra: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command in a directory; stdout and stderr together in `stdout`."""
+    return subprocess.run(
+        words, cwd=directory, env=environment(**extra), timeout=timeout, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def train(
+    directory: Path, *arguments: str, run: str = "run", script: str = "train.py", **extra: str
+) -> subprocess.CompletedProcess[str]:
+    """Run train.py with the tiny configuration; see `call`."""
+    return call(directory, command(script, *arguments, run=run), **extra)
+
+
+def events(directory: Path, kind: str | None = None, run: str = "run") -> list[dict]:
+    """The events of a run's metrics.jsonl, perhaps of one kind."""
+    lines = (directory / run / "logs" / "metrics.jsonl").read_text("utf-8").splitlines()
+    every = [json.loads(line) for line in lines]
+    return [event for event in every if kind in (None, event["event"])]
+
+
+def losses(directory: Path, run: str = "run") -> dict[int, float]:
+    """The training loss of each step; fails when a step stands twice."""
+    found = events(directory, "train", run)
+    steps = [event["step"] for event in found]
+    assert len(set(steps)) == len(steps), f"a step stands twice: {steps}"
+    return {event["step"]: event["loss"] for event in found}
+
+
+def step_directory(directory: Path, step: int, run: str = "run") -> Path:
+    """A run's checkpoint directory."""
+    return directory / run / "checkpoints" / f"step_{step:06d}"
+
+
+def digest(directory: Path, step: int = 12, run: str = "run") -> dict[str, str]:
+    """The sha256 of the tensors of a checkpoint: weights, optimizer and RNG."""
+    where = step_directory(directory, step, run)
+    names = ("model.safetensors", "training_state.safetensors")
+    return {name: hashlib.sha256((where / name).read_bytes()).hexdigest() for name in names}
+
+
+def left_overs(directory: Path) -> list[str]:
+    """Temporary files and directories below a directory."""
+    return [str(path) for path in directory.rglob(".tmp-*")]

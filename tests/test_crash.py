@@ -1,0 +1,294 @@
+"""A run is never lost: kills, faults at named points, full disks, two runs at once, NaN.
+
+The oracle is always an undisturbed run: after whatever happened, the same command again must end
+with the same bytes of weights, optimizer and RNG, and with the same loss for each step.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import (
+    call,
+    command,
+    digest,
+    environment,
+    left_overs,
+    losses,
+    step_directory,
+    train,
+    write_tiny,
+)
+from safetensors.torch import load_file, save_file
+
+import files
+
+RESUME = ("--resume", "auto")
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with an undisturbed run of 12 steps."""
+    directory = tmp_path_factory.mktemp("reference")
+    write_tiny(directory)
+    began = time.monotonic()
+    result = train(directory)
+    assert result.returncode == 0, result.stdout
+    (directory / "seconds").write_text(str(time.monotonic() - began))
+    return directory
+
+
+def assert_same_end(directory: Path, reference: Path) -> None:
+    """The run in `directory` ended as the undisturbed one did, and left nothing lying about."""
+    assert digest(directory) == digest(reference)
+    assert losses(directory) == losses(reference)
+    assert left_overs(directory) == []
+
+
+def finish(directory: Path, reference: Path) -> None:
+    """The same command again: it must go to the end and arrive at the same bytes."""
+    result = train(directory, *RESUME)
+    assert result.returncode == 0, result.stdout
+    assert "Traceback" not in result.stdout
+    assert_same_end(directory, reference)
+
+
+# --- kill -9 -------------------------------------------------------------------------------------
+
+
+def _kill_until(directory: Path, kills: int, seconds: float, seed: int, save_steps: int) -> int:
+    """Start the run again and again, killing it at random times; returns the kills that hit."""
+    generator = random.Random(seed)
+    hits = 0
+    words = command("train.py", *RESUME, f"training.save_steps={save_steps}")
+    while hits < kills:
+        process = subprocess.Popen(
+            words, cwd=directory, env=environment(), stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        # Most of a start is imports; half of the kills fall into the last part, the steps.
+        early = generator.random() < 0.5
+        delay = generator.uniform(0.0 if early else 0.6 * seconds, seconds)
+        try:
+            output, _ = process.communicate(timeout=delay)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            output, _ = process.communicate()
+            hits += 1
+        assert "Traceback" not in output, output
+        if process.returncode == 0:
+            break  # it came to its end before the kill
+        assert process.returncode in (-signal.SIGKILL, 0), output
+    return hits
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_kill_at_random_times(reference: Path, tmp_path: Path, seed: int) -> None:
+    """K1: SIGKILL at random times, the same command again until done: the same bytes."""
+    write_tiny(tmp_path)
+    print(f"seed {seed}")
+    seconds = float((reference / "seconds").read_text())
+    _kill_until(tmp_path, 5, seconds, seed, save_steps=1)
+    result = train(tmp_path, *RESUME, "training.save_steps=1")
+    assert result.returncode == 0, result.stdout
+    assert_same_end(tmp_path, reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1000, 1125))
+def test_kill_at_random_times_many(reference: Path, tmp_path: Path, seed: int) -> None:
+    """K1 by night: 1,000 kills, eight a run; `-s` prints how many fell."""
+    write_tiny(tmp_path)
+    seconds = float((reference / "seconds").read_text())
+    hits, trial = 0, 0
+    while hits < 8:
+        run = tmp_path / f"trial{trial}"
+        write_tiny(run)
+        hits += _kill_until(run, 8 - hits, seconds, seed * 100 + trial, save_steps=1)
+        result = train(run, *RESUME, "training.save_steps=1")
+        assert result.returncode == 0, result.stdout
+        assert_same_end(run, reference)
+        trial += 1
+    print(f"seed {seed}: {hits} kills, {trial} runs, 0 lost")
+
+
+# --- faults at named points ----------------------------------------------------------------------
+
+POINTS = {
+    "cache.batch": 1, "cache.hashed": 1, "cache.manifest": 1, "cache.renamed": 1,
+    "save.copied": 2, "save.begin": 3, "save.weights": 1, "save.files": 2, "save.hashed": 4,
+    "save.manifest": 2, "save.renamed": 1, "save.linked": 3, "prune.begin": 4,
+    "remove.renamed": 2, "metrics.write": 6, "metrics.written": 9,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("action", ["kill", "term", "error"])
+def test_fault_at_a_named_point(reference: Path, tmp_path: Path, point: str, action: str) -> None:
+    """K3: killed, stopped or refused by the disk at this place: the same command ends the same."""
+    write_tiny(tmp_path)
+    result = train(tmp_path, *RESUME, FAULT=f"{point}:{action}:{POINTS[point]}")
+    assert "Traceback" not in result.stdout, result.stdout
+    if action == "kill":
+        assert result.returncode == -signal.SIGKILL, result.stdout
+    elif action == "term":
+        assert result.returncode == 143, result.stdout
+    else:
+        assert result.returncode in (0, 3), result.stdout
+        if result.returncode == 3:
+            assert "error" in result.stdout
+    finish(tmp_path, reference)
+
+
+def test_fault_points_do_nothing_unless_asked(reference: Path) -> None:
+    """Every point of the table exists in the code, and none is left out of it."""
+    root = Path(files.__file__).parent
+    text = "".join(path.read_text("utf-8") for path in root.glob("*.py"))
+    for point in POINTS:
+        prefix, _, name = point.partition(".")
+        assert f'point("{point}")' in text or f'point(f"{{point}}.{name}")' in text, point
+
+
+# --- transient errors, full disks ----------------------------------------------------------------
+
+
+def test_a_transient_error_is_retried(reference: Path, tmp_path: Path) -> None:
+    """One EIO while saving: said, tried again, saved."""
+    write_tiny(tmp_path)
+    result = train(tmp_path, FAULT="save.weights:error:2")
+    assert result.returncode == 0, result.stdout
+    assert "trying again" in result.stdout
+    assert_same_end(tmp_path, reference)
+
+
+def test_the_disk_fills_up_and_space_returns(reference: Path, tmp_path: Path) -> None:
+    """ENOSPC at one save: needed and free bytes are said, training goes on, later saves work."""
+    write_tiny(tmp_path)
+    result = train(tmp_path, FAULT="save.weights:full:2")
+    assert result.returncode == 0, result.stdout
+    assert "checkpoint of step 4 failed" in result.stdout
+    assert "bytes are needed and" in result.stdout and "are free" in result.stdout
+    assert not step_directory(tmp_path, 4).exists()
+    assert_same_end(tmp_path, reference)
+
+
+def test_the_disk_stays_full(tmp_path: Path) -> None:
+    """A limit on file sizes that no checkpoint fits: the run ends non-zero and says why."""
+    write_tiny(tmp_path)
+    first = train(tmp_path, FAULT="step.forward:term:9")  # stopped and saved
+    assert first.returncode == 143, first.stdout
+    kept = files.read_json(tmp_path / "run/checkpoints/latest/trainer_state.json")["step"]
+    limited = ["bash", "-c", 'ulimit -f 60; exec "$0" "$@"', *command("train.py", *RESUME)]
+    result = call(tmp_path, limited)
+    assert result.returncode == 3, result.stdout
+    assert "bytes are needed and" in result.stdout and "Traceback" not in result.stdout
+    assert files.problem(step_directory(tmp_path, kept)) is None
+    assert train(tmp_path, *RESUME).returncode == 0
+
+
+def test_a_full_disk_for_metrics_does_not_stop_the_run(reference: Path, tmp_path: Path) -> None:
+    """metrics.jsonl cannot be written for a while: its lines wait, none is lost or doubled."""
+    write_tiny(tmp_path)
+    words = command("train.py")
+    result = call(tmp_path, words, FAULT="metrics.write:full:3")
+    assert result.returncode == 0, result.stdout
+    assert "its lines wait" in result.stdout
+    assert_same_end(tmp_path, reference)
+
+
+def test_a_full_disk_for_the_log_does_not_stop_the_run(reference: Path, tmp_path: Path) -> None:
+    """phase1.log on /dev/full: said once, and the run goes on."""
+    write_tiny(tmp_path)
+    (tmp_path / "run/logs").mkdir(parents=True)
+    (tmp_path / "run/logs/phase1.log").symlink_to("/dev/full")
+    result = train(tmp_path)
+    assert result.returncode == 0, result.stdout
+    assert result.stdout.count("No space left on device") == 1
+    assert_same_end(tmp_path, reference)
+
+
+# --- two runs, one directory ---------------------------------------------------------------------
+
+
+def test_two_runs_on_one_directory(tmp_path: Path) -> None:
+    """L1: in 20 tries of 20 exactly one goes on, the other exits 5 in 10 s naming pid and host."""
+    write_tiny(tmp_path)
+    assert train(tmp_path, "--dry_run").returncode == 0  # fills the token cache
+    for _ in range(20):
+        words = command("train.py", *RESUME, "--train_steps", "9999")
+        pair = [
+            subprocess.Popen(
+                words, cwd=tmp_path, env=environment(), text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            )
+            for _ in range(2)
+        ]  # fmt: skip
+        began = time.monotonic()
+        while all(process.poll() is None for process in pair):
+            assert time.monotonic() - began < 10, "neither gave way"
+            time.sleep(0.02)
+        loser, winner = sorted(pair, key=lambda process: process.poll() is None)
+        output = loser.communicate()[0]
+        assert winner.poll() is None, "both ended"
+        winner.kill()
+        winner.communicate()
+        assert loser.returncode == 5, output
+        assert f"pid {winner.pid} on host" in output
+
+
+# --- numbers that are not finite -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["weight", "norm", "moment"])
+def test_not_finite_stops_before_the_update(tmp_path: Path, where: str, value: float) -> None:
+    """N1: exit 4, the step and the last good checkpoint are named, nothing bad is saved."""
+    write_tiny(tmp_path)
+    assert train(tmp_path, "--train_steps", "4").returncode == 0
+    directory = step_directory(tmp_path, 4)
+    name, tensor = {
+        "weight": ("model.safetensors", "model.layers.0.mlp.c_fc.weight"),
+        "norm": ("model.safetensors", "model.norm.weight"),
+        "moment": ("training_state.safetensors", "optimizer.exp_avg.model.norm.weight"),
+    }[where]
+    tensors = load_file(directory / name)
+    tensors[tensor].view(-1)[3] = value
+    save_file(tensors, directory / name)
+    manifest = files.read_json(directory / "manifest.json")
+    manifest["files"][name]["sha256"] = files.sha256(directory / name)
+    files.write_json(directory / "manifest.json", manifest)
+
+    result = train(tmp_path, *RESUME)
+    assert result.returncode == 4, result.stdout
+    assert "Traceback" not in result.stdout
+    if where == "moment":  # the moment poisons the weight at step 5, seen at the save or at step 6
+        assert "step 6" in result.stdout
+    else:
+        assert "step 5" in result.stdout and "step_000004" in result.stdout
+    assert sorted(os.listdir(tmp_path / "run/checkpoints"))[-2:] != ["step_000006"]
+    assert not step_directory(tmp_path, 6).exists()
+
+
+def test_out_of_memory_ladder_keeps_the_gradients(tmp_path: Path) -> None:
+    """fit_memory: selective, full, half batches; the batch and the gradients stay the same."""
+    from test_optimization import make_stepper, random_batch
+
+    import optimization
+
+    batch = random_batch(8)
+    plain = make_stepper(micro_batch=4)
+    plain.backward(*batch, step=1)
+    for mode, micro in (("selective", 4), ("full", 4), ("full", 2), ("full", 1)):
+        other = make_stepper(micro_batch=micro)
+        other.model.model.gradient_checkpointing = mode
+        other.backward(*batch, step=1)
+        for ours, theirs in zip(other.model.parameters(), plain.model.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-4)
+    assert optimization.split_batch  # the batch's arithmetic has its own tests

@@ -1,0 +1,226 @@
+"""Resuming is exact, and watching changes nothing (E1, E2, E4, K5, I4)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, call, digest, events, losses, step_directory, train, write_tiny
+
+KEEP_ALL = "checkpoint.keep_last=99"
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with an undisturbed run of 12 steps, saved at every step."""
+    directory = tmp_path_factory.mktemp("reference")
+    write_tiny(directory)
+    result = train(directory, "training.save_steps=1", KEEP_ALL)
+    assert result.returncode == 0, result.stdout
+    return directory
+
+
+def _copy_of(reference: Path, tmp_path: Path, step: int) -> None:
+    """A run that was saved at `step` and then lost everything after."""
+    write_tiny(tmp_path)
+    shutil.copytree(reference / "cache", tmp_path / "cache")
+    shutil.copytree(reference / "run/logs", tmp_path / "run/logs")
+    shutil.copytree(step_directory(reference, step), step_directory(tmp_path, step))
+
+
+@pytest.mark.parametrize("step", range(1, 12))
+def test_resume_at_every_step_is_bitwise(reference: Path, tmp_path: Path, step: int) -> None:
+    """E1: weights, optimizer, RNG bytes, losses, rates and norms are those of the whole run."""
+    _copy_of(reference, tmp_path, step)
+    result = train(tmp_path, "--resume", "auto", "training.save_steps=1", KEEP_ALL)
+    assert result.returncode == 0, result.stdout
+    assert f"steps {step} -> 12" in result.stdout
+    assert digest(tmp_path) == digest(reference)
+    timeless = ("loss", "learning_rate", "grad_norm", "tokens", "epoch")
+    for ours, theirs in zip(events(tmp_path, "train"), events(reference, "train"), strict=True):
+        assert [ours[key] for key in timeless] == [theirs[key] for key in timeless]
+
+
+def test_twelve_runs_of_one_step_equal_one_run(reference: Path, tmp_path: Path) -> None:
+    """K5: a run that is stopped after every single step ends at the same bits."""
+    write_tiny(tmp_path)
+    for step in range(1, 13):
+        result = train(tmp_path, "--resume", "auto", FAULT="step.forward:term:3")
+        assert result.returncode == (143 if step < 12 else 0), result.stdout
+        assert step_directory(tmp_path, step).is_dir(), result.stdout
+    assert digest(tmp_path) == digest(reference)
+    assert losses(tmp_path) == losses(reference)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["training.eval_steps=1"],
+        ["training.eval_steps=5", "training.sample_steps=3"],
+        ["training.sample_steps=1", "generation.num_samples=5", "generation.temperature=0.7"],
+        ["training.logging_steps=7"],
+        ["training.save_steps=1"],
+        ["training.save_steps=999"],
+        ["checkpoint.keep_last=1", "checkpoint.keep_best=false"],
+        [
+            "wandb.mode=offline",
+            "training.eval_steps=4",
+            "training.sample_steps=6",
+            "wandb.watch=all",
+        ],
+    ],
+    ids=" ".join,
+)
+def test_watching_changes_nothing(reference: Path, tmp_path: Path, settings: list[str]) -> None:
+    """E2: evaluation, samples, logging, saving and W&B at any frequency: the same bits."""
+    write_tiny(tmp_path)
+    result = train(tmp_path, *settings)
+    assert result.returncode == 0, result.stdout
+    assert digest(tmp_path) == digest(reference)
+    ours, theirs = losses(tmp_path), losses(reference)
+    assert ours == {step: theirs[step] for step in ours}
+
+
+def test_continue_training_goes_on_exactly(reference: Path, tmp_path: Path) -> None:
+    """Phase 2 of 4 steps equals a run of 16 whose schedule ends at 12, at the final rate."""
+    _copy_of(reference, tmp_path, 12)
+    first = train(tmp_path, script="continue_training.py", FAULT="step.forward:term:4")
+    assert first.returncode == 143, first.stdout
+    assert step_directory(tmp_path, 14).is_dir(), first.stdout
+    second = train(tmp_path, script="continue_training.py")
+    assert second.returncode == 0, second.stdout
+    assert "steps 14 -> 16" in second.stdout
+    rates = {event["step"]: event["learning_rate"] for event in events(tmp_path, "train")}
+    assert rates[12] == pytest.approx(1e-4)
+    assert {rates[step] for step in (13, 14, 15, 16)} == {rates[12]}
+    again = train(tmp_path, script="continue_training.py")
+    assert again.returncode == 0
+    assert "complete" in again.stdout
+    whole = tmp_path / "whole"
+    _copy_of(reference, whole, 12)
+    assert train(whole, script="continue_training.py").returncode == 0
+    assert digest(tmp_path, 16) == digest(whole, 16)
+    state = json.loads((step_directory(tmp_path, 16) / "trainer_state.json").read_text())
+    before = json.loads((step_directory(tmp_path, 12) / "trainer_state.json").read_text())
+    assert state["wandb_run_id"] == before["wandb_run_id"]
+
+
+def test_continue_after_a_short_phase_1_keeps_its_schedule(reference: Path, tmp_path: Path) -> None:
+    """A phase 1 of --train_steps 6 ends at the lowest rate, and phase 2 goes on there."""
+    write_tiny(tmp_path)
+    assert train(tmp_path, "--train_steps", "6").returncode == 0
+    result = train(
+        tmp_path, "--start_step", "6", "--train_steps", "2", script="continue_training.py"
+    )
+    assert result.returncode == 0, result.stdout
+    rates = {event["step"]: event["learning_rate"] for event in events(tmp_path, "train")}
+    assert rates[6] == rates[7] == rates[8] == pytest.approx(1e-4)
+
+
+def test_continue_refuses_without_its_checkpoint(reference: Path, tmp_path: Path) -> None:
+    """A missing or damaged start: exit 3, one line that names it, nothing touched."""
+    _copy_of(reference, tmp_path, 6)
+    result = train(tmp_path, script="continue_training.py")
+    assert result.returncode == 3
+    assert "step_000012" in result.stdout and "step_000006" in result.stdout
+    weights = step_directory(tmp_path, 6) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    result = train(tmp_path, "--start_step", "6", script="continue_training.py")
+    assert result.returncode == 3
+    assert "model.safetensors" in result.stdout
+    assert "Traceback" not in result.stdout
+
+
+def test_a_changed_input_is_refused_unless_told(reference: Path, tmp_path: Path) -> None:
+    """I4: text, split and tokenizer are fingerprinted."""
+    _copy_of(reference, tmp_path, 6)
+    text = tmp_path / "text.txt"
+    original = text.read_bytes()
+    text.write_bytes(original + b"One more line.\n")
+    result = train(tmp_path, "--resume", "auto")
+    assert result.returncode == 3
+    assert "text_sha256" in result.stdout and "data.allow_changed_input=true" in result.stdout
+    assert train(tmp_path, "--resume", "auto", "data.allow_changed_input=true").returncode == 0
+    text.write_bytes(original)
+    result = train(tmp_path, "--resume", "auto", "data.validation_fraction=0.2", "--train_steps=14")
+    assert result.returncode == 3
+    assert "validation_fraction" in result.stdout
+
+
+def test_a_save_dir_with_checkpoints_is_refused(reference: Path, tmp_path: Path) -> None:
+    """Without --resume nothing is overwritten; an older PATH beside newer ones is refused too."""
+    _copy_of(reference, tmp_path, 6)
+    before = digest(tmp_path, 6)
+    result = train(tmp_path)
+    assert result.returncode == 2
+    assert "--resume auto" in result.stdout
+    shutil.copytree(step_directory(reference, 3), step_directory(tmp_path, 3))
+    result = train(tmp_path, "--resume", "run/checkpoints/step_000003")
+    assert result.returncode == 2
+    assert digest(tmp_path, 6) == before
+    result = train(tmp_path, "--resume", "run/checkpoints/step_000003", run="other")
+    assert result.returncode == 0, result.stdout
+    assert digest(tmp_path, run="other") == digest(reference)
+
+
+def test_another_architecture_is_refused(reference: Path, tmp_path: Path) -> None:
+    """Weights that do not fit the configured model: exit 3, the parameter is named."""
+    _copy_of(reference, tmp_path, 6)
+    result = train(tmp_path, "--resume", "auto", "model.intermediate_size=96")
+    assert result.returncode == 3
+    assert "c_fc" in result.stdout and "Traceback" not in result.stdout
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_gradient_checkpointing_is_saved_and_loaded_crosswise(
+    reference: Path, tmp_path: Path, mode: str
+) -> None:
+    """E5: the same names and the same losses with and without gradient checkpointing."""
+    _copy_of(reference, tmp_path, 6)
+    result = train(tmp_path, "--resume", "auto", f"training.gradient_checkpointing={mode}")
+    assert result.returncode == 0, result.stdout
+    assert losses(tmp_path) == pytest.approx(losses(reference), abs=1e-6)
+
+
+def test_deterministic_run_with_dropout_resumes_bitwise(tmp_path: Path) -> None:
+    """Dropout's masks are a function of (seed, step): a resume redraws them."""
+    write_tiny(tmp_path)
+    settings = ["training.deterministic=true", "model.dropout=0.1"]
+    assert train(tmp_path, *settings, run="whole").returncode == 0
+    stopped = train(tmp_path, *settings, FAULT="step.forward:term:11")
+    assert stopped.returncode == 143, stopped.stdout
+    assert train(tmp_path, *settings, "--resume", "auto").returncode == 0
+    assert digest(tmp_path) == digest(tmp_path, run="whole")
+
+
+def test_golden_losses(tmp_path: Path) -> None:
+    """E6: the losses of 100 fp32 steps, pinned: a refactoring must not change them.
+
+    The last bits belong to the CPU's instruction set, which chooses PyTorch's kernels.
+    """
+    write_tiny(tmp_path)
+    result = train(
+        tmp_path, "--train_steps", "100", "training.precision=fp32", "training.save_steps=999"
+    )
+    assert result.returncode == 0, result.stdout
+    golden = json.loads((ROOT / "tests" / "golden_losses.json").read_text())
+    found = losses(tmp_path)
+    assert found == pytest.approx({int(k): v for k, v in golden["losses"].items()}, abs=1e-4)
+
+
+def test_dry_run_writes_nothing(tmp_path: Path) -> None:
+    """--dry_run prints the table and leaves neither checkpoints nor logs."""
+    write_tiny(tmp_path)
+    result = train(tmp_path, "--dry_run")
+    assert result.returncode == 0, result.stdout
+    for word in ("parameters", "attention", "epochs", "tokens per step", "W&B", "= "):
+        assert word in result.stdout
+    assert not (tmp_path / "run").exists()
+    bad = call(
+        tmp_path, [sys.executable, str(ROOT / "train.py"), "--config", "tiny.yaml", "--dry_run"]
+    )
+    assert bad.returncode == 3
+    assert "input.txt" in bad.stdout and "Traceback" not in bad.stdout

@@ -1,0 +1,213 @@
+"""Signals in every phase, to Python and through train.sh: saved, gone, and resumed bitwise."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from helpers import (
+    ROOT,
+    call,
+    command,
+    digest,
+    environment,
+    left_overs,
+    losses,
+    step_directory,
+    train,
+    write_tiny,
+)
+
+RESUME = ("--resume", "auto")
+SETTINGS = ("training.eval_steps=5", "training.sample_steps=7")
+CODES = {"term": 143, "int": 130, "hup": 129, "usr1": 138}
+PHASES = {
+    "import": "start.import:{}:1",
+    "tokenize": "cache.batch:{}:1",
+    "first step": "step.forward:{}:1",
+    "step": "step.forward:{}:12",
+    "evaluate": "evaluate:{}:2",
+    "sample": "sample:{}:1",
+    "save": "save.weights:{}:3",
+    "finish": "finish:{}:1",
+}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with an undisturbed run of 12 steps, and phase 2's 4."""
+    directory = tmp_path_factory.mktemp("reference")
+    write_tiny(directory)
+    assert train(directory, *SETTINGS).returncode == 0
+    assert train(directory, *SETTINGS, script="continue_training.py").returncode == 0
+    return directory
+
+
+@pytest.mark.parametrize("name", CODES)
+@pytest.mark.parametrize("phase", PHASES)
+def test_signal_in_each_phase(reference: Path, tmp_path: Path, phase: str, name: str) -> None:
+    """S1: saved and gone within 30 s with 128 + n; the same command again ends the same."""
+    write_tiny(tmp_path)
+    began = time.monotonic()
+    result = train(tmp_path, *SETTINGS, *RESUME, FAULT=PHASES[phase].format(name))
+    assert time.monotonic() - began < 30
+    assert result.returncode == CODES[name], result.stdout
+    assert "Traceback" not in result.stdout
+    if phase in ("step", "evaluate", "sample", "save"):
+        assert (tmp_path / "run/checkpoints/latest").exists(), result.stdout
+        assert "stopped by a signal" in result.stdout
+    again = train(tmp_path, *SETTINGS, *RESUME)
+    assert again.returncode == 0, again.stdout
+    assert digest(tmp_path) == digest(reference)
+    ours, theirs = losses(tmp_path), losses(reference)
+    assert ours == {step: theirs[step] for step in range(1, 13)}
+    assert left_overs(tmp_path) == []
+
+
+def test_signal_while_compiling(reference: Path, tmp_path: Path) -> None:
+    """S1, the phase that has no fault point: a signal while torch.compile works."""
+    write_tiny(tmp_path)
+    process = _start(tmp_path, command("train.py", *RESUME, "training.compile=true"))
+    _wait_for(process, "val_loss")  # the evaluation before the first step is compiled already
+    time.sleep(1)
+    process.terminate()
+    began = time.monotonic()
+    output = process.communicate(timeout=30)[0]
+    assert time.monotonic() - began < 30
+    assert process.returncode == 143, output
+    assert train(tmp_path, *SETTINGS, *RESUME).returncode == 0
+    assert digest(tmp_path) == digest(reference)
+
+
+def _start(directory: Path, words: list[str], **extra: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        words, cwd=directory, env=environment(PYTHONUNBUFFERED="1", NO_INSTALL="1", **extra),
+        text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def _wait_for(process: subprocess.Popen[str], text: str) -> str:
+    """Read the output up to the line that holds `text`."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if text in line:
+            return "".join(lines)
+    raise AssertionError(f"{text!r} never came:\n{''.join(lines)}")
+
+
+def test_second_interrupt_ends_at_once(reference: Path, tmp_path: Path) -> None:
+    """S2: a second Ctrl-C during the save: gone at once, the checkpoints before it are whole."""
+    write_tiny(tmp_path)
+    process = _start(tmp_path, command("train.py", *RESUME), FAULT="save.weights:sleep:3")
+    _wait_for(process, "saved run/checkpoints/step_000004")
+    _wait_for(process, "step  6/12")
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    output = process.communicate(timeout=30)[0]
+    assert time.monotonic() - began < 1.5, "it waited for the save"
+    assert process.returncode == 130, output
+    assert train(tmp_path, *SETTINGS, *RESUME).returncode == 0
+    assert digest(tmp_path) == digest(reference)
+    assert left_overs(tmp_path) == []
+
+
+def test_fifty_signals_in_a_second(reference: Path, tmp_path: Path) -> None:
+    """S2: a storm of SIGTERM and SIGUSR1: one orderly save."""
+    write_tiny(tmp_path)
+    process = _start(tmp_path, command("train.py", *RESUME, "--train_steps", "5000"))
+    _wait_for(process, "step    4/5000")
+    for number in range(50):
+        if process.poll() is None:
+            process.send_signal((signal.SIGTERM, signal.SIGUSR1)[number % 2])
+        time.sleep(0.02)
+    output = process.communicate(timeout=30)[0]
+    assert process.returncode == 143, output
+    assert "stopped by a signal" in output and "Traceback" not in output
+    verify = call(tmp_path, [command("checkpoint.py")[0], str(ROOT / "checkpoint.py"), "verify",
+                             "run/checkpoints"])  # fmt: skip
+    assert verify.returncode == 0, verify.stdout
+
+
+# --- through train.sh ----------------------------------------------------------------------------
+
+
+def _train_sh(directory: Path, *words: str) -> list[str]:
+    return [
+        str(ROOT / "train.sh"), "--config", "tiny.yaml", "--input_file", "text.txt", "--save_dir",
+        "run/checkpoints", "--log_dir", "run/logs", f"data.cache_dir={directory}/cache", *words,
+    ]  # fmt: skip
+
+
+def _finish_train_sh(directory: Path, reference: Path) -> None:
+    """./train.sh again: to the end of phase 2, with the undisturbed run's bytes."""
+    result = call(directory, _train_sh(directory, *SETTINGS), NO_INSTALL="1")
+    assert result.returncode == 0, result.stdout
+    assert digest(directory, 12) == digest(reference, 12)
+    assert digest(directory, 16) == digest(reference, 16)
+    assert losses(directory) == losses(reference)
+
+
+@pytest.mark.parametrize("to", ["shell TERM", "shell INT", "shell HUP", "group TERM", "group INT"])
+def test_signal_through_train_sh(reference: Path, tmp_path: Path, to: str) -> None:
+    """S3: Python gets the signal once, train.sh returns Python's code, nothing is left running."""
+    write_tiny(tmp_path)
+    target, name = to.split()
+    number = getattr(signal, f"SIG{name}")
+    process = _start(tmp_path, _train_sh(tmp_path, *SETTINGS), FAULT="step.forward:sleep:12")
+    _wait_for(process, "step  5/12  val_loss")
+    began = time.monotonic()
+    (os.kill if target == "shell" else os.killpg)(process.pid, number)
+    output = process.communicate(timeout=30)[0]
+    assert time.monotonic() - began < 30
+    assert process.returncode == 128 + number, output
+    assert "stopped by a signal" in output
+    _assert_unlocked(tmp_path)
+    _finish_train_sh(tmp_path, reference)
+
+
+def _assert_unlocked(directory: Path) -> None:
+    """No process of the run is left: its lock is free."""
+    import files
+
+    with files.lock(directory / "run/checkpoints/.lock"):
+        pass
+
+
+def test_the_reader_of_the_output_goes_away(reference: Path, tmp_path: Path) -> None:
+    """S3: `./train.sh | tee log`, and tee is killed: the run goes on to its end."""
+    write_tiny(tmp_path)
+    process = _start(tmp_path, _train_sh(tmp_path, *SETTINGS))
+    _wait_for(process, "step  2/12")
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0
+    assert digest(tmp_path, 16) == digest(reference, 16)
+    log = (tmp_path / "run/logs/phase1.log").read_text("utf-8")
+    assert "console went away" in log and "phase 1 complete" in log
+
+
+def test_the_terminal_goes_away(reference: Path, tmp_path: Path) -> None:
+    """S3: the terminal is closed: SIGHUP reaches Python, which saves; train.sh ends with 129."""
+    write_tiny(tmp_path)
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(tmp_path)
+        words = _train_sh(tmp_path, *SETTINGS)
+        os.execve(words[0], words, environment(NO_INSTALL="1", FAULT="step.forward:sleep:12"))
+    seen = b""
+    while b"val_loss" not in seen or b"5/12" not in seen:
+        seen += os.read(terminal, 4096)
+    os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 129
+    assert step_directory(tmp_path, 5).is_dir() or step_directory(tmp_path, 6).is_dir()
+    _assert_unlocked(tmp_path)
+    _finish_train_sh(tmp_path, reference)
