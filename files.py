@@ -14,8 +14,10 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,16 +55,30 @@ def lock(path: Path, wait: bool = False) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
             raise LockedError(
-                f"{path.parent}: is in use by another run ({holder}); wait for it, stop it, or "
-                "name another directory"
+                f"{path.parent}: is in use by another run ({_holder(path)}); wait for it, stop "
+                "it, or name another directory"
             ) from error
         file.truncate(0)
         file.write(f"pid {os.getpid()} on host {socket.gethostname()}\n")
         file.flush()
         yield
+
+
+def _holder(path: Path) -> str:
+    """Who holds a lock, as the holder wrote it there.
+
+    A holder that has only just got the lock has not written yet, and an earlier one that was killed
+    left its own line: so look again, for a second, while the line names no living process.
+    """
+    line = ""
+    for _ in range(20):
+        line = path.read_text(encoding="utf-8").strip()
+        match = re.fullmatch(r"pid (\d+) on host (.*)", line)
+        if match and (match[2] != socket.gethostname() or Path(f"/proc/{match[1]}").exists()):
+            return line
+        time.sleep(0.05)
+    return line or "another process"
 
 
 def sha256(path: Path) -> str:

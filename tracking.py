@@ -134,9 +134,9 @@ class Metrics:
                 except OSError:
                     os.truncate(self.path, start)  # no torn line
                     raise
-            faults.point("metrics.written")
             self.waiting.clear()
             self.failing = False
+            faults.point("metrics.written")
         except OSError as error:
             if not self.failing:
                 self.failing = True

@@ -481,9 +481,9 @@ def test_a_typo_of_a_section_is_answered_with_the_right_section(tmp_path):
     seed = 8
     rng = random.Random(seed)
     print(f"seed {seed}")
-    sections = set(configuration.sections())
-    for section, key in ((section, dict(KEYS)[section]) for section in sections):
-        for wrong in one_letter_typos(rng, section, sections):
+    taken = {name for pair in KEYS for name in pair}
+    for section, key in dict(KEYS).items():
+        for wrong in one_letter_typos(rng, section, taken):
             from_file = problems_of(write(tmp_path, f"{wrong}:\n  {key}: 1\n"))
             assert from_file[0].endswith(f"unknown section {wrong!r} (did you mean {section}?)")
             from_words = problems_of(write(tmp_path, ""), [f"{wrong}.{key}=1"])

@@ -129,8 +129,16 @@ POINTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("point", POINTS)
-@pytest.mark.parametrize("action", ["kill", "term", "error"])
+@pytest.mark.parametrize(
+    ("point", "action"),
+    [
+        (point, action)
+        for point in POINTS
+        for action in ("kill", "term", "error")
+        # Where no system call fails, an error would be a bug of ours, not a fault of the disk.
+        if (point, action) not in (("save.copied", "error"), ("metrics.written", "error"))
+    ],
+)
 def test_fault_at_a_named_point(reference: Path, tmp_path: Path, point: str, action: str) -> None:
     """K3: killed, stopped or refused by the disk at this place: the same command ends the same."""
     write_tiny(tmp_path)
@@ -260,7 +268,7 @@ def test_not_finite_stops_before_the_update(tmp_path: Path, where: str, value: f
     }[where]
     tensors = load_file(directory / name)
     tensors[tensor].view(-1)[3] = value
-    save_file(tensors, directory / name)
+    save_file(tensors, directory / name, metadata={"format": "pt"})
     manifest = files.read_json(directory / "manifest.json")
     manifest["files"][name]["sha256"] = files.sha256(directory / name)
     files.write_json(directory / "manifest.json", manifest)
