@@ -1,0 +1,297 @@
+"""The model against Hugging Face's Starcoder2 and against its own promises (M1, E5)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+import types
+
+import pytest
+import torch
+from test_optimization import SMALL, random_batch, small_model
+from torch import Tensor
+from transformers import Starcoder2Config, Starcoder2ForCausalLM
+
+import model as models
+from config import ConfigError, ModelConfig
+
+
+def huggingface(model: models.CausalLM) -> Starcoder2ForCausalLM:
+    """The same weights in Hugging Face's architecture."""
+    config = Starcoder2Config(**models.huggingface_config(model.config, 0, 1))
+    theirs = Starcoder2ForCausalLM(config).eval()
+    missing = theirs.load_state_dict(model.state_dict(), strict=False)
+    assert missing.missing_keys == ["lm_head.weight"] and not missing.unexpected_keys
+    return theirs
+
+
+def test_parameter_count_is_exactly_the_specification() -> None:
+    """123,654,144 parameters, 123,532,800 of them in matrices, 7,087,872 a layer."""
+    config = ModelConfig()
+    with torch.device("meta"):
+        model = models.CausalLM(config)
+    assert sum(p.numel() for p in model.parameters()) == 123_654_144
+    assert models.parameter_count(config) == 123_654_144
+    assert models.matrix_parameters(config) == 123_532_800
+    assert sum(p.numel() for p in model.model.layers[0].parameters()) == 7_087_872
+
+
+def test_flops_are_those_of_the_arithmetic() -> None:
+    """MFLOP per token at T=1024 and 2048, causal attention at half and in full."""
+    config = ModelConfig()
+    found = [
+        models.flops_per_token(config, t, c) / 1e6 for t in (1024, 2048) for c in (True, False)
+    ]
+    assert found == pytest.approx([797.8, 854.4, 854.4, 967.7], abs=0.05)
+
+
+@pytest.mark.parametrize("attention", [models.attention_math, models.attention_sdpa])
+def test_logits_and_loss_equal_hugging_face(attention: models.Attention) -> None:
+    """Same weights, same logits (1e-5 in fp32), same loss and gradients."""
+    ours = models.CausalLM(SMALL, torch.float32, attention)
+    models.initialize(ours, torch.Generator().manual_seed(0))
+    with torch.no_grad():  # biases and norms are trivial when fresh: make them count
+        for parameter in ours.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape)
+    theirs = huggingface(ours)
+    input_ids, _ = random_batch(3)
+    torch.testing.assert_close(ours(input_ids), theirs(input_ids).logits, atol=1e-5, rtol=1e-5)
+    loss = ours(input_ids[:, :-1], input_ids[:, 1:])
+    expected = theirs(input_ids, labels=input_ids).loss
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(
+        ours.model.layers[0].self_attn.k_proj.weight.grad,
+        theirs.model.layers[0].self_attn.k_proj.weight.grad,
+        atol=1e-5, rtol=1e-4,
+    )  # fmt: skip
+
+
+def test_bf16_is_near_fp32() -> None:
+    """bf16 compute from the same fp32 masters: logits within 2e-2 of their scale."""
+    full, half = small_model(), small_model()
+    half.dtype = torch.bfloat16
+    input_ids, labels = random_batch(2)
+    logits = half(input_ids)
+    assert logits.dtype == torch.bfloat16
+    assert half(input_ids, labels).dtype == torch.float32
+    torch.testing.assert_close(logits.float(), full(input_ids), atol=2e-2, rtol=2e-2)
+    assert all(p.dtype == torch.float32 for p in half.parameters())
+
+
+def test_ignored_labels_and_sums() -> None:
+    """IGNORE_INDEX positions count for nothing; "sum" is the mean times the predicted tokens."""
+    model = small_model()
+    input_ids, labels = random_batch(2)
+    labels[:, 5:] = models.IGNORE_INDEX
+    mean, total = model(input_ids, labels), model(input_ids, labels, reduction="sum")
+    short = model(input_ids[:, :5], labels[:, :5])
+    torch.testing.assert_close(mean, short)
+    torch.testing.assert_close(total, mean * 10)
+
+
+def test_causality() -> None:
+    """Changing token t changes no logit before t, and does change those from t on."""
+    model = small_model()
+    input_ids, _ = random_batch(1)
+    before = model(input_ids)
+    for t in (0, 7, 15):
+        changed = input_ids.clone()
+        changed[0, t] = (changed[0, t] + 1) % 130
+        difference = (model(changed) - before).abs().amax(dim=-1)[0]
+        assert (difference[:t] == 0).all() and (difference[t:] > 0).all()
+
+
+def test_batch_rows_are_independent() -> None:
+    """A row's logits do not depend on the other rows."""
+    model = small_model()
+    input_ids, _ = random_batch(4)
+    torch.testing.assert_close(model(input_ids)[2:3], model(input_ids[2:3]), atol=1e-6, rtol=1e-5)
+
+
+def test_rotary_scores_depend_on_the_distance_only() -> None:
+    """RoPE: shifting both positions leaves q . k as it was."""
+    cos, sin = models.rotary_table(64, 16, 10000.0)
+    q, k = torch.randn(2, 1, 1, 1, 16)
+
+    def score(m: int, n: int) -> float:
+        turned = [
+            models.apply_rotary(x, cos[p : p + 1, None], sin[p : p + 1, None])
+            for x, p in ((q, m), (k, n))
+        ]
+        return float((turned[0] * turned[1]).sum())
+
+    assert score(5, 3) == pytest.approx(score(45, 43), abs=1e-4)
+    assert score(5, 3) != pytest.approx(score(5, 13), abs=1e-3)
+
+
+def test_key_value_cache_equals_no_cache() -> None:
+    """Token by token, in chunks, and with rows of different lengths: the same logits."""
+    model = small_model()
+    input_ids, _ = random_batch(2)
+    whole = model(input_ids)
+    cache = models.KVCache(SMALL, 2, 16, input_ids.device, torch.float32)
+    parts = [model(input_ids[:, a:b], cache=cache) for a, b in ((0, 7), (7, 8), (8, 12), (12, 16))]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=1e-5)
+    ragged = models.KVCache(SMALL, 2, 16, input_ids.device, torch.float32)
+    model(input_ids[:, :8], cache=ragged)
+    ragged.lengths = torch.tensor([5, 8])  # the first row's last three tokens never were
+    step = model(torch.stack([input_ids[0, 5:6], input_ids[1, 8:9]]), cache=ragged)
+    torch.testing.assert_close(step[0, 0], whole[0, 5], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(step[1, 0], whole[1, 8], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_gradient_checkpointing_changes_no_gradient(mode: str) -> None:
+    """E5: the same loss and gradients, fewer tensors kept."""
+    batch = random_batch(2)
+    results = []
+    for setting in ("none", mode):
+        model = small_model()
+        model.model.gradient_checkpointing = setting
+        kept = 0
+
+        def count(tensor: Tensor) -> Tensor:
+            nonlocal kept
+            kept += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            loss = model(*batch)
+        loss.backward()
+        results.append((loss.item(), kept, [p.grad for p in model.parameters()]))
+    (loss, kept, gradients), (other, fewer, others) = results
+    assert other == pytest.approx(loss, abs=1e-6)
+    assert mode == "selective" or fewer < kept / 2
+    for a, b in zip(gradients, others, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_dropout_is_off_in_evaluation_and_on_in_training() -> None:
+    """Dropout changes training's loss, by the global generator's seed, and never evaluation's."""
+    config = dataclasses.replace(SMALL, dropout=0.2)
+    model = models.CausalLM(config)
+    models.initialize(model, torch.Generator().manual_seed(0))
+    batch = random_batch(2)
+    plain = small_model()(*batch).item()
+    losses = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        losses.append(model(*batch).item())
+    assert losses[0] == losses[1] != losses[2] != plain
+    assert model.eval()(*batch).item() == pytest.approx(plain, abs=1e-6)
+
+
+def test_initial_weights() -> None:
+    """GPT-2's scheme, from the given generator alone; the loss starts at ln(vocabulary)."""
+    model = small_model()
+    again = small_model()
+    layer = model.model.layers[0]
+    assert torch.equal(layer.mlp.c_fc.weight, again.model.layers[0].mlp.c_fc.weight)
+    assert float(layer.mlp.c_fc.weight.std()) == pytest.approx(0.02, rel=0.1)
+    assert float(layer.mlp.c_proj.weight.std()) == pytest.approx(0.02 / 2, rel=0.1)
+    assert float(layer.self_attn.o_proj.weight.std()) == pytest.approx(0.02 / 2, rel=0.1)
+    assert (layer.mlp.c_fc.bias == 0).all() and (layer.input_layernorm.weight == 1).all()
+    assert float(model(*random_batch(8))) == pytest.approx(math.log(130), abs=0.05)
+
+
+def test_head_is_padded_for_the_product_only() -> None:
+    """The parameter has 130 rows, the product 256, the logits 130."""
+    model = small_model()
+    shapes = []
+    original = models.F.linear
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        shapes.append(tuple(weight.shape))
+        return original(x, weight, bias)
+
+    models.F.linear = linear
+    try:
+        logits = model(random_batch(1)[0])
+    finally:
+        models.F.linear = original
+    assert shapes[-1] == (256, 32) and logits.shape == (1, 16, 130)
+    assert model.model.embed_tokens.weight.shape == (130, 32)
+
+
+# --- attention dispatch --------------------------------------------------------------------------
+
+
+def flash_stand_in(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+    """flash_attn_func by its documentation: (B, T, H, D), and attention by its definition."""
+    assert causal, "the model must ask for causal attention"
+    batch, length, heads, size = q.shape
+    assert (length, heads, size) == (16, 2, 16), f"not (B, T, H, D): {tuple(q.shape)}"
+    out = torch.zeros_like(q)
+    for t in range(length):
+        scores = torch.einsum("bhd,bshd->bhs", q[:, t], k[:, : t + 1]) / math.sqrt(size)
+        out[:, t] = torch.einsum("bhs,bshd->bhd", scores.softmax(-1), v[:, : t + 1])
+    return out
+
+
+@pytest.mark.parametrize("hopper", [False, True])
+def test_flash_attention_layout(monkeypatch: pytest.MonkeyPatch, hopper: bool) -> None:
+    """The flash-attn path gives the logits of the others; Hopper takes version 3 where it is."""
+    for name in ("flash_attn", "flash_attn_interface"):
+        module = types.ModuleType(name)
+        module.flash_attn_func = flash_stand_in
+        if name == "flash_attn" or hopper:
+            monkeypatch.setitem(sys.modules, name, module)
+    function, name = models.load_flash_attention(hopper)
+    assert name == ("flash_attn 3" if hopper else "flash_attn 2")
+    model = models.CausalLM(SMALL, torch.float32, function)
+    model.load_state_dict(small_model().state_dict())
+    input_ids, labels = random_batch(2)
+    expected = small_model()
+    torch.testing.assert_close(model(input_ids), expected(input_ids), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(input_ids, labels), expected(input_ids, labels))
+
+
+def test_attention_functions_agree() -> None:
+    """sdpa and math on the same q, k, v."""
+    q, k, v = torch.randn(3, 2, 16, 4, 8)
+    torch.testing.assert_close(
+        models.attention_sdpa(q, k, v), models.attention_math(q, k, v), atol=1e-6, rtol=1e-5
+    )
+
+
+def test_attention_is_chosen_with_a_reason() -> None:
+    """auto on the CPU is sdpa; flash_attn asked for without a GPU is an error with a way out."""
+    cpu = torch.device("cpu")
+    function, reason = models.choose_attention("auto", cpu, torch.float32)
+    assert function is models.attention_sdpa and "no GPU" in reason
+    assert models.choose_attention("math", cpu, torch.float32)[0] is models.attention_math
+    with pytest.raises(ConfigError, match="use auto"):
+        models.choose_attention("flash_attn", cpu, torch.bfloat16)
+
+
+def test_huggingface_config_round_trip() -> None:
+    """config.json gives the architecture back; another architecture is refused."""
+    values = models.huggingface_config(SMALL, 0, 1)
+    assert models.from_huggingface_config(values) == SMALL
+    with pytest.raises(ValueError, match="model_type"):
+        models.from_huggingface_config({**values, "model_type": "llama"})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", ["sdpa", "math", "auto"])
+def test_attention_on_the_gpu(attention: str) -> None:
+    """Each backend in bf16 on the GPU against fp32 mathematics: 2e-2."""
+    device = torch.device("cuda")
+    q, k, v = torch.randn(3, 2, 256, 4, 64, device=device)
+    function, _ = models.choose_attention(attention, device, torch.bfloat16)
+    out = function(q.bfloat16(), k.bfloat16(), v.bfloat16()).float()
+    torch.testing.assert_close(out, models.attention_math(q, k, v), atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.gpu
+def test_compiled_step_on_the_gpu_is_near_eager() -> None:
+    """torch.compile changes the loss by less than bf16's rounding."""
+    model = small_model().cuda()
+    model.dtype = torch.bfloat16
+    batch = tuple(x.cuda() for x in random_batch(4))
+    eager = float(model(*batch))
+    model.compile(dynamic=False, fullgraph=True)
+    assert float(model(*batch)) == pytest.approx(eager, abs=2e-2)
