@@ -1,0 +1,107 @@
+"""Several processes on the CPU (gloo): the same losses, the same files, resumed on another number."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import call, command, events, losses, step_directory, train, write_tiny
+
+import files
+
+SETTINGS = (
+    "training.precision=fp32", "training.gradient_accumulation_steps=4",
+    "training.eval_steps=10", "training.save_steps=5",
+)  # fmt: skip
+
+
+def torchrun(directory: Path, processes: int, *words: str, run: str = "run", **extra: str):
+    """Start train.py on several processes."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    train_command = command("train.py", "--train_steps", "20", *SETTINGS, *words, run=run)
+    return call(
+        directory, [*launcher, f"--nproc_per_node={processes}", *train_command[1:]], **extra
+    )
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a run of 20 steps on one process."""
+    directory = tmp_path_factory.mktemp("reference")
+    write_tiny(directory)
+    result = train(directory, "--train_steps", "20", *SETTINGS)
+    assert result.returncode == 0, result.stdout
+    return directory
+
+
+@pytest.mark.parametrize(("kind", "processes"), [("ddp", 2), ("fsdp", 2), ("ddp", 4)])
+def test_losses_are_those_of_one_process(
+    reference: Path, tmp_path: Path, kind: str, processes: int
+) -> None:
+    """The same sequences make up each step: losses and norms within 1e-4 over 20 steps."""
+    write_tiny(tmp_path)
+    result = torchrun(tmp_path, processes, f"training.parallel={kind}")
+    assert result.returncode == 0, result.stdout
+    assert losses(tmp_path) == pytest.approx(losses(reference), abs=1e-4)
+    for ours, theirs in zip(events(tmp_path, "eval"), events(reference, "eval"), strict=True):
+        assert ours["val_loss"] == pytest.approx(theirs["val_loss"], abs=1e-4)
+        assert ours["val_tokens"] == theirs["val_tokens"]
+    norms = {event["step"]: event["grad_norm"] for event in events(reference, "train")}
+    found = {event["step"]: event["grad_norm"] for event in events(tmp_path, "train")}
+    assert found == pytest.approx(norms, abs=1e-3)
+    manifest = files.read_json(step_directory(tmp_path, 20) / "manifest.json")
+    expected = files.read_json(step_directory(reference, 20) / "manifest.json")
+    assert set(manifest["files"]) == set(expected["files"])
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_killed_and_resumed_on_one_process(reference: Path, tmp_path: Path, kind: str) -> None:
+    """SIGKILL of a two-process run, then one process: the losses go on as they would have."""
+    write_tiny(tmp_path)
+    words = (f"training.parallel={kind}", "--resume", "auto")
+    killed = torchrun(tmp_path, 2, *words, FAULT="step.forward:kill:25")
+    assert killed.returncode != 0
+    alone = train(tmp_path, "--train_steps", "20", *SETTINGS, "--resume", "auto")
+    assert alone.returncode == 0, alone.stdout
+    assert "resumed from" in alone.stdout
+    assert losses(tmp_path) == pytest.approx(losses(reference), abs=1e-4)
+
+
+def test_one_process_resumed_on_two(reference: Path, tmp_path: Path) -> None:
+    """The other way round, with FSDP."""
+    write_tiny(tmp_path)
+    stopped = train(tmp_path, "--train_steps", "20", *SETTINGS, FAULT="step.forward:term:40")
+    assert stopped.returncode == 143, stopped.stdout
+    resumed = torchrun(tmp_path, 2, "training.parallel=fsdp", "--resume", "auto")
+    assert resumed.returncode == 0, resumed.stdout
+    assert losses(tmp_path) == pytest.approx(losses(reference), abs=1e-4)
+    state = json.loads((step_directory(tmp_path, 20) / "trainer_state.json").read_text())
+    assert state["world_size"] == 2
+
+
+def test_a_signal_to_two_processes(reference: Path, tmp_path: Path) -> None:
+    """One rank gets SIGTERM: both stop at the same step, saved; rank 0's exit code is kept."""
+    write_tiny(tmp_path)
+    code = tmp_path / "code"
+    stopped = torchrun(tmp_path, 2, FAULT="step.forward:term:21", EXIT_CODE_FILE=str(code))
+    assert stopped.returncode != 0
+    assert "stopped by a signal" in stopped.stdout
+    assert code.read_text() == "143"
+    assert train(tmp_path, "--train_steps", "20", *SETTINGS, "--resume", "auto").returncode == 0
+    assert losses(tmp_path) == pytest.approx(losses(reference), abs=1e-4)
+
+
+def test_an_error_is_said_once(tmp_path: Path) -> None:
+    """Two processes and a bad configuration: one line, not two."""
+    write_tiny(tmp_path)
+    result = torchrun(tmp_path, 2, "training.batch_size=0")
+    assert result.stdout.count("training.batch_size: got") == 1
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(tmp_path: Path) -> None:
+    """3 processes and 2 x 4 sequences."""
+    write_tiny(tmp_path)
+    result = torchrun(tmp_path, 3)
+    assert "cannot be shared evenly by 3 processes" in result.stdout

@@ -1,0 +1,232 @@
+"""W&B: everything is in the offline files, and it can never stop, stall or change a run (W1-W4)."""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from helpers import digest, losses, train, write_tiny
+
+import wandb_run
+from config import WandbConfig
+
+SETTINGS = ("training.eval_steps=6", "training.sample_steps=6", "generation.num_samples=3")
+KEY = "0123456789abcdef0123456789abcdef01234567"
+
+
+def read_records(path: Path) -> Iterator:
+    """The records of a .wandb file: LevelDB's log format around protobuf messages."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, position, whole = path.read_bytes(), 7, b""  # after the file's own header
+    while position + 7 <= len(data):
+        if 32768 - position % 32768 < 7:  # the rest of a block is filled up
+            position += 32768 - position % 32768
+            continue
+        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
+        whole += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # full, or last
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(whole)
+            yield record
+            whole = b""
+
+
+def records_of(directory: Path) -> list:
+    """All records of the offline runs below a directory."""
+    paths = sorted(directory.glob("run/logs/wandb/offline-run-*/*.wandb"))
+    return [record for path in paths for record in read_records(path)]
+
+
+def history_of(records: list) -> list[dict]:
+    """The logged rows."""
+    rows = []
+    for record in records:
+        if record.WhichOneof("record_type") == "history":
+            items = {i.key or "/".join(i.nested_key): i.value_json for i in record.history.item}
+            rows.append({key: json.loads(value) for key, value in items.items()})
+    return rows
+
+
+def test_offline_files_hold_everything(tmp_path: Path) -> None:
+    """Metrics, the samples table, histograms, plots, artifacts and code, one run in both phases."""
+    write_tiny(tmp_path)
+    home = {"HOME": str(tmp_path / "home"), "XDG_CACHE_HOME": str(tmp_path / "home/cache")}
+    words = ("wandb.mode=auto", *SETTINGS)
+    first = train(tmp_path, *words, **home)
+    assert first.returncode == 0, first.stdout
+    assert "offline" in first.stdout and "wandb sync" in first.stdout
+    second = train(tmp_path, *words, script="continue_training.py", **home)
+    assert second.returncode == 0, second.stdout
+    records = records_of(tmp_path)
+    rows = history_of(records)
+    trained = {row["step"]: row for row in rows if "train/loss" in row}
+    assert sorted(trained) == list(range(1, 17))
+    assert {step: row["train/loss"] for step, row in trained.items()} == losses(tmp_path)
+    for key in ("train/learning_rate", "train/perplexity", "train/grad_norm", "train/tokens"):
+        assert all(key in row for row in trained.values())
+    keys = {key for row in rows for key in row}
+    expected = {
+        "eval/val_loss", "eval/val_perplexity", "sample/seconds", "sample/perplexity",
+        "sample/generated_tokens", "samples", "sample_lengths", "plots/loss",
+        "plots/learning_rate", "plots/gradient_flow", "plots/sample_lengths",
+        "gradients/norms/layers.0", "gradients/model.layers.0.mlp.c_fc.weight",
+    }  # fmt: skip
+    found = {name for name in expected if any(k == name or k.startswith(name + "/") for k in keys)}
+    assert found == expected, expected - found
+    assert not any(key.startswith("parameters/") for key in keys)  # watch is gradients
+    runs = {r.run.run_id for r in records if r.WhichOneof("record_type") == "run"}
+    assert len(runs) == 1
+    assert runs == {(tmp_path / "run/checkpoints/wandb_run_id").read_text().strip()}
+    artifacts = [
+        r.request.log_artifact.artifact if r.WhichOneof("record_type") == "request" else r.artifact
+        for r in records
+        if r.WhichOneof("record_type") == "artifact"
+        or (r.WhichOneof("record_type") == "request" and r.request.HasField("log_artifact"))
+    ]
+    kinds = {artifact.type for artifact in artifacts}
+    assert {"model", "logs", "code", "run_table"} <= kinds
+    models = [a for a in artifacts if a.type == "model"]
+    assert any("final" in a.aliases for a in models)
+    names = {entry.path for a in models for entry in a.manifest.contents}
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= names
+    assert "training_state.safetensors" not in names
+    tables = list(tmp_path.glob("run/logs/wandb/offline-run-*/files/media/table/samples_*.json"))
+    newest = json.loads(max(tables, key=lambda path: path.stat().st_size).read_text())
+    assert newest["columns"][:3] == ["step", "prompt", "text"]
+    assert len(newest["data"]) >= 6
+    size = (tmp_path / "run/checkpoints/latest/model.safetensors").stat().st_size
+    same = [p for p in tmp_path.rglob("*") if p.is_file() and p.stat().st_size == size]
+    assert {p.name for p in same} == {"model.safetensors"}  # W&B keeps no copies of the weights
+    assert all("checkpoints" in p.parts for p in same)
+
+
+@pytest.mark.parametrize(
+    ("environment", "config", "expected"),
+    [
+        ({}, {}, ("smollm2-training", "gradients", "true")),
+        ({"WANDB_WATCH": "false"}, {}, ("smollm2-training", "false", "true")),
+        ({"WANDB_WATCH": "gradients"}, {"watch": "false"}, ("smollm2-training", "false", "true")),
+        ({"WANDB_LOG_MODEL": "checkpoint"}, {}, ("smollm2-training", "gradients", "all")),
+        ({"WANDB_LOG_MODEL": "nonsense"}, {}, ("smollm2-training", "gradients", "true")),
+        ({"WANDB_PROJECT": "mine"}, {"project": "other"}, ("mine", "gradients", "true")),
+    ],
+)
+def test_environment_variables(
+    monkeypatch: pytest.MonkeyPatch, environment: dict, config: dict, expected: tuple
+) -> None:
+    """A variable that differs from the specification's value wins over the configuration."""
+    for name in ("WANDB_PROJECT", "WANDB_WATCH", "WANDB_LOG_MODEL"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    settings = wandb_run.settings(WandbConfig(**config))
+    assert (settings.project, settings.watch, settings.log_model) == expected
+
+
+def test_mode_is_chosen_without_asking(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """auto: online with a key in the environment or in netrc, else offline."""
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert wandb_run.choose_mode(WandbConfig())[0] == "offline"
+    (tmp_path / "netrc").write_text(f"machine api.wandb.ai login user password {KEY}\n")
+    (tmp_path / "netrc").chmod(0o600)
+    assert wandb_run.choose_mode(WandbConfig())[0] == "online"
+    (tmp_path / "netrc").unlink()
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    assert wandb_run.choose_mode(WandbConfig())[0] == "online"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert wandb_run.choose_mode(WandbConfig())[0] == "disabled"
+    monkeypatch.delenv("WANDB_MODE")
+    assert wandb_run.choose_mode(WandbConfig(mode="offline"))[0] == "offline"
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a run without W&B."""
+    directory = tmp_path_factory.mktemp("reference")
+    write_tiny(directory)
+    assert train(directory, *SETTINGS).returncode == 0
+    return directory
+
+
+def _train_and_compare(reference: Path, directory: Path, seconds: float, **extra: str) -> str:
+    write_tiny(directory)
+    began = time.monotonic()
+    result = train(directory, *SETTINGS, "wandb.mode=online", **extra)
+    assert result.returncode == 0, result.stdout
+    assert time.monotonic() - began < seconds
+    assert digest(directory) == digest(reference)
+    assert losses(directory) == losses(reference)
+    assert "Traceback" not in result.stdout
+    return result.stdout
+
+
+def test_wandb_is_not_installed(reference: Path, tmp_path: Path) -> None:
+    """W1: a line, and the run goes on."""
+    (tmp_path / "shadow").mkdir()
+    (tmp_path / "shadow/wandb.py").write_text("raise ImportError('No module named wandb')\n")
+    output = _train_and_compare(reference, tmp_path, 60, PYTHONPATH=str(tmp_path / "shadow"))
+    assert output.count("W&B: ImportError") == 1
+
+
+def test_no_key_never_prompts(reference: Path, tmp_path: Path) -> None:
+    """W1: online without a key: no question, a line, the run goes on."""
+    output = _train_and_compare(
+        reference, tmp_path, 60, HOME=str(tmp_path), WANDB_BASE_URL="http://127.0.0.1:9"
+    )
+    assert "the run goes on without it" in output
+
+
+class _Fails(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        """Answer every request with an internal error."""
+        self.send_response(500)
+        self.end_headers()
+
+    do_GET = do_POST  # noqa: N815
+
+    def log_message(self, *arguments: object) -> None:
+        """Say nothing."""
+
+
+@pytest.mark.parametrize("server", ["refuses", "hangs", "answers 500"])
+def test_a_server_that_does_not_work(reference: Path, tmp_path: Path, server: str) -> None:
+    """W2: losses bitwise those without W&B, finished within 60 s of the training's end."""
+    listener = None
+    if server == "answers 500":
+        listener = ThreadingHTTPServer(("127.0.0.1", 0), _Fails)
+        threading.Thread(target=listener.serve_forever, daemon=True).start()
+        port = listener.server_address[1]
+    else:
+        hanging = socket.create_server(("127.0.0.1", 0), backlog=50)
+        port = hanging.getsockname()[1]
+        if server == "refuses":
+            hanging.close()
+    output = _train_and_compare(
+        reference, tmp_path, 75, HOME=str(tmp_path), WANDB_API_KEY=KEY,
+        WANDB_BASE_URL=f"http://127.0.0.1:{port}",
+    )  # fmt: skip
+    assert "the run goes on without it" in output
+    if listener:
+        listener.shutdown()
+
+
+def test_five_resumes_from_earlier_steps_are_one_run(tmp_path: Path) -> None:
+    """W4: one run id, and metrics.jsonl has each step once."""
+    write_tiny(tmp_path)
+    for _ in range(5):
+        assert train(tmp_path, "--resume", "auto", FAULT="step.forward:kill:6").returncode == -9
+    assert train(tmp_path, "--resume", "auto").returncode == 0
+    assert sorted(losses(tmp_path)) == list(range(1, 13))
+    state = json.loads((tmp_path / "run/checkpoints/latest/trainer_state.json").read_text())
+    assert state["wandb_run_id"] == (tmp_path / "run/checkpoints/wandb_run_id").read_text().strip()

@@ -1,0 +1,207 @@
+"""The pipeline as a user runs it: ./train.sh, what it leaves, and what other tools make of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, SHARED, call, events, step_directory, train, write_tiny
+
+import files
+
+WORDS = ("training.eval_steps=4", "training.sample_steps=6")
+
+
+def train_sh(directory: Path, *words: str, **extra: str):
+    """Run ./train.sh with the tiny configuration."""
+    return call(
+        directory,
+        [
+            str(ROOT / "train.sh"), "--config", "tiny.yaml", "--input_file", "text.txt",
+            "--save_dir", "run/checkpoints", "--log_dir", "run/logs",
+            f"data.cache_dir={directory}/cache", *WORDS, *words,
+        ],
+        NO_INSTALL="1", **extra,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["auto", "fp32"])
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory in which ./train.sh has run both phases, in bf16 where the CPU has it, and fp32."""
+    directory = tmp_path_factory.mktemp("run")
+    write_tiny(directory)
+    result = train_sh(directory, f"training.precision={request.param}")
+    assert result.returncode == 0, result.stdout
+    (directory / "output").write_text(result.stdout)
+    (directory / "precision").write_text(
+        "fp32" if request.param == "fp32" or "bfloat16" not in result.stdout else "bf16"
+    )
+    return directory
+
+
+def test_the_pipeline_leaves_what_it_promises(run: Path) -> None:
+    """Metrics of each step once, logs of both phases, plots, samples, whole checkpoints."""
+    train_events = events(run, "train")
+    assert [event["step"] for event in train_events] == list(range(1, 17))
+    keys = {
+        "event", "step", "loss", "perplexity", "learning_rate", "grad_norm", "tokens", "epoch",
+        "tokens_per_second", "mfu", "peak_memory_gib", "elapsed_seconds",
+    }  # fmt: skip
+    assert all(keys == set(event) for event in train_events)
+    for event in train_events:
+        assert event["perplexity"] == pytest.approx(math.exp(event["loss"]))
+        assert event["tokens"] == event["step"] * 256
+    elapsed = [event["elapsed_seconds"] for event in train_events]
+    assert elapsed == sorted(elapsed)
+    assert [event["step"] for event in events(run, "eval")] == [0, 4, 8, 12, 16]
+    assert {event["step"] for event in events(run, "sample")} == {6, 12, 16}
+    saved = [event["step"] for event in events(run, "checkpoint")]
+    assert saved == [2, 4, 6, 8, 10, 12, 14, 16]
+    for kind, wanted in (
+        ("eval", {"val_loss", "val_perplexity", "val_tokens", "seconds"}),
+        ("sample", {"prompt", "text", "generated_tokens", "perplexity", "seconds"}),
+        ("checkpoint", {"path", "bytes", "stall_seconds"}),
+    ):
+        assert all(wanted | {"event", "step"} == set(event) for event in events(run, kind))
+    for name in ("phase1.log", "phase2.log", "samples.txt"):
+        assert (run / "run/logs" / name).stat().st_size > 0
+    for name in ("loss", "learning_rate", "gradient_flow", "sample_lengths"):
+        picture = (run / "run/logs/plots" / f"{name}.png").read_bytes()
+        assert picture.startswith(b"\x89PNG") and len(picture) > 5000
+    for step in (12, 16):
+        assert files.problem(step_directory(run, step)) is None
+    assert (run / "run/checkpoints/latest").resolve().name == "step_000016"
+    output = (run / "output").read_text()
+    for word in ("99,840", "phase 1 is complete", "phase 2 complete", "tokens per step", "done:"):
+        assert word in output
+
+
+def test_run_again_does_nothing(run: Path) -> None:
+    """./train.sh after it finished: says so, exit 0, no byte changed."""
+    before = {path: path.stat().st_mtime_ns for path in (run / "run").rglob("*") if path.is_file()}
+    result = train_sh(run)
+    assert result.returncode == 0, result.stdout
+    assert result.stdout.count("complete") >= 2
+    after = {path: path.stat().st_mtime_ns for path in (run / "run").rglob("*") if path.is_file()}
+    assert {p.name for p in after if after[p] != before.get(p)} <= {".lock"}
+
+
+def test_transformers_opens_the_checkpoint(run: Path) -> None:
+    """The held-out loss that transformers computes is the logged one: 1e-4 in fp32, 0.01 in bf16."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    directory = step_directory(run, 16)
+    model = AutoModelForCausalLM.from_pretrained(directory).eval()
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    assert sum(p.numel() for p in model.parameters()) == 99_840
+    held_out = np.load(next((run / "cache").glob("tokens-*/validation.npy"))).astype(np.int64)
+    # The tokenizer makes the held-out tokens from their own text again.
+    text = tokenizer.decode(held_out.tolist())
+    assert tokenizer(text)["input_ids"] == held_out.tolist()
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for start in range(0, len(held_out) - 1, 64):
+            window = torch.from_numpy(held_out[start : start + 65])
+            logits = model(window[None, :-1]).logits[0]
+            total += float(torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum"))
+            count += len(window) - 1
+    logged = events(run, "eval")[-1]
+    assert count == logged["val_tokens"] == len(held_out) - 1
+    tolerance = 1e-4 if (run / "precision").read_text() == "fp32" else 0.01
+    assert total / count == pytest.approx(logged["val_loss"], abs=tolerance)
+    generated = model.generate(**tokenizer("Once upon", return_tensors="pt"), max_new_tokens=5)
+    assert generated.shape[1] > 2
+
+
+def test_model_card_and_state(run: Path) -> None:
+    """trainer_state.json has what a resume and a person need."""
+    state = json.loads((step_directory(run, 16) / "trainer_state.json").read_text())
+    assert state["step"] == 16 and state["tokens"] == 4096 and state["phase"] == 2
+    assert state["config"]["training"]["train_steps"] == 12
+    assert set(state["versions"]) >= {"torch", "cuda", "python"}
+    assert set(state["data"]) >= {"text_sha256", "tokenizer_sha256"}
+    assert "99,840" in (step_directory(run, 16) / "README.md").read_text()
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the folder of test texts is not here")
+def test_the_full_model_takes_two_steps(tmp_path: Path) -> None:
+    """The 123,654,144-parameter model, two steps on the CPU, saved whole."""
+    write_tiny(tmp_path)
+    (tmp_path / "tiny.yaml").write_text((ROOT / "config.yaml").read_text())
+    (tmp_path / "text.txt").write_bytes((ROOT / "input.txt").read_bytes())
+    result = train(
+        tmp_path, "--train_steps", "2", f"tokenizer.source={SHARED / 'gpt2-tokenizer.json'}",
+        "data.sequence_length=256", "training.batch_size=2", "wandb.mode=disabled",
+        "training.gradient_accumulation_steps=2", f"data.cache_dir={tmp_path / 'cache'}",
+        "generation.max_length=20", timeout=400,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout
+    assert "123,654,144" in result.stdout and "262,928 tokens" in result.stdout
+    first = events(tmp_path, "eval")[0]["val_loss"]
+    assert first == pytest.approx(math.log(50258), abs=0.3)
+    assert files.problem(step_directory(tmp_path, 2)) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "hint"),
+    [
+        (["--nonsense", "1"], 2, "--nonsense"),
+        (["training.learning_rat=1"], 2, "did you mean training.learning_rate"),
+        (["training.batch_size=0", "model.dropout=2", "wandb.mode=maybe"], 2, "3 problems"),
+        (["--train_steps", "0"], 2, "from 1 to 999999"),
+        (["--config", "nowhere.yaml"], 2, "nowhere.yaml"),
+        (["--input_file", "nowhere.txt"], 3, "nowhere.txt"),
+        (["--save_dir", "text.txt"], 3, "text.txt"),
+        (["--save_dir", "text.txt/deeper"], 3, "text.txt"),
+        (["--log_dir", "text.txt"], 3, "text.txt"),
+        (["data.cache_dir=text.txt"], 3, "cache_dir"),
+        (["tokenizer.source=nowhere.json"], 3, "nowhere.json"),
+        (["tokenizer.source=text.txt"], 3, "not a tokenizer.json"),
+        (["data.sequence_length=64", "--input_file", "short.txt"], 3, "65"),
+        (["--resume", "nowhere"], 3, "nowhere"),
+        (["training.device=cuda"], 2, "no CUDA GPU"),
+        (["model.attention=flash_attn"], 2, "use auto"),
+    ],
+)
+def test_bad_input_is_one_clear_line(
+    tmp_path: Path, words: list[str], code: int, hint: str
+) -> None:
+    """The right exit code, what and where, no traceback, nothing left behind."""
+    if torch.cuda.is_available() and code == 2 and "cuda" in words[0] + words[-1]:
+        pytest.skip("there is a GPU")
+    write_tiny(tmp_path)
+    (tmp_path / "short.txt").write_text("too short")
+    result = train(tmp_path, *words)
+    assert result.returncode == code, result.stdout
+    assert hint in result.stdout
+    assert "Traceback" not in result.stdout
+    assert not list((tmp_path / "run").rglob("step_*"))
+
+
+@pytest.mark.parametrize(
+    "name", ["with space", "ünïcödé", "quote'", "-dash", "semi;colon", "$HOME"]
+)
+def test_odd_paths_work(tmp_path: Path, name: str) -> None:
+    """L3: the whole pipeline in a directory with an odd name."""
+    directory = tmp_path / name
+    write_tiny(directory)
+    result = train_sh(directory, "training.train_steps=2", "training.continue_steps=1")
+    assert result.returncode == 0, result.stdout
+    assert files.problem(step_directory(directory, 3)) is None
+
+
+def test_train_sh_answers_for_itself(tmp_path: Path) -> None:
+    """--help, unknown flags, Python's exit codes."""
+    script = str(ROOT / "train.sh")
+    shown = call(tmp_path, [script, "--help"])
+    assert shown.returncode == 0 and "DEBUG=1" in shown.stdout
+    assert call(tmp_path, [script, "--nonsense"]).returncode == 2
+    assert call(tmp_path, [script, "training.x=1"], NO_INSTALL="1").returncode == 2
+    write_tiny(tmp_path)
+    gone = call(tmp_path, [script, "--config", "tiny.yaml", "--input_file", "no"], NO_INSTALL="1")
+    assert gone.returncode == 3
+    assert "Traceback" not in gone.stdout
