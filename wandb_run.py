@@ -10,6 +10,7 @@ differs from the specification's value wins over the configuration (env.sh sets 
 
 from __future__ import annotations
 
+import dataclasses
 import netrc
 import os
 import queue
@@ -42,10 +43,12 @@ _WORDS = {"end": "true", "checkpoint": "all"}  # WANDB_LOG_MODEL as the HF Train
 def settings(config: WandbConfig) -> WandbConfig:
     """The wandb section with the environment's WANDB_* variables applied."""
     values = dict(vars(config))
+    fields = {field.name: field for field in dataclasses.fields(WandbConfig)}
     for key, specified in _SPECIFIED.items():
         text = os.environ.get(f"WANDB_{key.upper()}", "")
         text = _WORDS.get(text.lower(), text)
-        if text and text != specified:
+        choices = fields[key].metadata["choices"]
+        if text and text != specified and (choices is None or text in choices):
             values[key] = text
     return WandbConfig(**values)
 

@@ -42,7 +42,7 @@ def limit(seconds: float):
     """Fail, instead of hanging, when the block takes longer than `seconds`."""
 
     def stop(number, frame):
-        raise TimeoutError(f"took longer than {seconds} s")
+        pytest.fail(f"took longer than {seconds} s")
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -424,6 +424,16 @@ def test_a_wrong_command_line_exits_2_at_once(tmp_path, case):
     assert done.stderr.startswith("error: ") and done.stdout == ""
     assert seconds < 3, f"{seconds:.2f} s"
     assert not (tmp_path / "save").exists()
+
+
+def test_the_doors_answer_without_torch():
+    """What reads the command line does not import torch or NumPy, which take seconds."""
+    code = (
+        "import sys, train, continue_training, checkpoint; "
+        "sys.exit(bool({'torch', 'numpy', 'tokenizers', 'wandb'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_train_steps_flag_is_checked_against_the_other_keys(tmp_path):

@@ -1,4 +1,4 @@
-"""Several processes on the CPU (gloo): the same losses, the same files, resumed on another number."""
+"""Several processes on the CPU (gloo): same losses, same files, resumed on another number."""
 
 from __future__ import annotations
 
