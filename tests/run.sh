@@ -8,4 +8,4 @@ cd "$(dirname "$0")/.." || exit 1
 REQUIREMENTS="requirements.txt requirements-dev.txt"
 source ./env.sh || exit
 export WANDB_MODE=${WANDB_MODE:-disabled}
-exec "$PYTHON" -m pytest tests "$@"
+exec "$PYTHON" -m pytest tests -n auto "$@"
