@@ -53,7 +53,7 @@ def limit(seconds: float):
         signal.signal(signal.SIGALRM, before)
 
 
-def problems_of(path: Path, overrides: list[str] | None = None, seconds: float = 3) -> list[str]:
+def problems_of(path: Path, overrides: list[str] | None = None, seconds: float = 10) -> list[str]:
     """The problems of a configuration that must be refused."""
     with limit(seconds), pytest.raises(ConfigError) as caught:
         configuration.load(path, overrides)
@@ -548,7 +548,7 @@ def training(line: str) -> str:
 
 REFUSED = {
     "octal": (training("batch_size: 0123"), ":2: training.batch_size: got '0123'"),
-    "octal float": (training("learning_rate: 0123"), "training.learning_rate: got '0123'"),
+    "octal float": ("model:\n  rope_theta: 01234\n", ":2: model.rope_theta: got '01234'"),
     "octal of YAML 1.2": (training("seed: 0o17"), "training.seed: got '0o17'"),
     "sexagesimal": (training("save_steps: 12:30"), "training.save_steps: got '12:30'"),
     "hexadecimal": (training("seed: 0x10"), "training.seed: got '0x10'"),
@@ -650,7 +650,7 @@ def test_yaml_that_would_eat_time_or_memory_is_refused_in_a_second(tmp_path, cas
     """F3: entity bombs, cycles and monstrous scalars are refused at once, in readable lines."""
     path = write(tmp_path, HUNGRY[case])
     began = time.process_time()
-    problems = problems_of(path, seconds=5)
+    problems = problems_of(path)
     assert time.process_time() - began < 1
     for problem in problems:
         assert_clear(problem)

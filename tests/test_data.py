@@ -118,12 +118,12 @@ def split(text: str) -> list[str | None]:
     return [*items, document] if document else items
 
 
-def reference_tokens(text: str, tokenizer: Tokenizer) -> list[int]:
+def reference_tokens(text: str, tokenizer: Tokenizer, end: str = SEPARATOR) -> list[int]:
     """The tokens that a text must become: each whole document encoded at once."""
-    end, result = tokenizer.token_to_id(SEPARATOR), []
+    result = []
     for document in split(text):
         if document is None:
-            result.append(end)
+            result.append(tokenizer.token_to_id(end))
         else:
             result += tokenizer.encode(document, add_special_tokens=False).ids
     return result
@@ -460,11 +460,12 @@ def test_separators_and_characters_across_blocks_are_found(tmp_path):
 
 
 def test_the_text_is_cut_at_a_document_boundary(tmp_path, settings):
-    """The held-out part is the last documents, whole: 5 of 100 equal ones at 0.05."""
+    """The held-out part is the last documents, whole: 6 of 100 equal ones at 0.057."""
     document = "All documents are of the same length, every one.\n" * 4
-    corpus = prepare(settings(), write(tmp_path, f"{document}{SEPARATOR}\n" * 100))
+    text = f"{document}{SEPARATOR}\n" * 100
+    corpus = prepare(settings(validation_fraction=0.057), write(tmp_path, text))
     end = corpus.tokenizer.token_to_id(SEPARATOR)
-    assert (corpus.train == end).sum() == 95 and (corpus.validation == end).sum() == 5
+    assert (corpus.train == end).sum() == 94 and (corpus.validation == end).sum() == 6
     assert corpus.train[-1] == end
     assert corpus.tokenizer.decode(corpus.validation[:12].tolist()).startswith("All documents")
     assert corpus.documents == 100
@@ -707,8 +708,19 @@ def test_a_tokenizer_without_an_end_of_text_token_is_refused(tmp_path, settings)
     content = Path(settings().tokenizer.source).read_text("utf-8")
     source = tmp_path / "tokenizer.json"
     source.write_text(content.replace(SEPARATOR, "<|something|>"), "utf-8")
-    with pytest.raises(InputError, match="has no end-of-text token"):
+    with pytest.raises(InputError, match=f"{re.escape(str(source))}: has no end-of-text token"):
         prepare(settings(source), write(tmp_path, BODY))
+
+
+def test_separator_lines_become_the_tokenizers_own_end_of_text_token(tmp_path, settings):
+    """A tokenizer that ends texts with </s>: each separator line, also the last, is a </s>."""
+    content = Path(settings().tokenizer.source).read_text("utf-8")
+    source = tmp_path / "tokenizer.json"
+    source.write_text(content.replace(SEPARATOR, "</s>"), "utf-8")
+    text = f"{SEPARATOR}\n{BODY}{SEPARATOR}\nin {SEPARATOR} a line\n{BODY}{SEPARATOR}"
+    corpus = prepare(settings(source, 513), write(tmp_path, text))
+    assert tokens_of(corpus) == reference_tokens(text, corpus.tokenizer, "</s>")
+    assert tokens_of(corpus).count(corpus.tokenizer.token_to_id("</s>")) == 3
 
 
 def test_gpt2_without_network_names_both_ways_out(tmp_path):
