@@ -17,6 +17,7 @@ import contextlib
 import math
 import os
 import re
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -126,10 +127,12 @@ def write(root: Path, checkpoint: Checkpoint) -> int:
     temporary = files.temporary_directory(final)
     try:
         faults.point("save.begin")
+        files.write_json(temporary / "trainer_state.json", checkpoint.trainer_state)
         _save_tensors(checkpoint.weights, temporary / "model.safetensors")
         faults.point("save.weights")
         _save_tensors(checkpoint.training_state, temporary / "training_state.safetensors")
-        files.write_json(temporary / "trainer_state.json", checkpoint.trainer_state)
+        for name in ("model.safetensors", "training_state.safetensors"):  # made with mode 0600
+            shutil.copymode(temporary / "trainer_state.json", temporary / name)
         for name, content in checkpoint.documents.items():
             if isinstance(content, str):
                 (temporary / name).write_text(content, encoding="utf-8")
@@ -222,7 +225,7 @@ def _looks_whole(directory: Path) -> bool:
         return bool(entries) and all(
             (directory / name).stat().st_size == entry["size"] for name, entry in entries.items()
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
 
 
@@ -231,23 +234,32 @@ def _state(directory: Path) -> dict[str, Any]:
     try:
         state = files.read_json(directory / "trainer_state.json")
         return state if isinstance(state, dict) else {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
 
 
-def kept(root: Path, keep: CheckpointConfig) -> dict[int, list[str]]:
+def _is_finite(loss: Any) -> bool:
+    return isinstance(loss, float) and math.isfinite(loss)
+
+
+def kept(root: Path, keep: CheckpointConfig, verify: bool = False) -> dict[int, list[str]]:
     """Each whole checkpoint's reasons to stay: newest, best, phase end, asked for; maybe none.
 
     Ordered by step, never by time. Directories that are not whole are no checkpoints here: they
     count for nothing and are not touched.
+
+    Args:
+        verify: hash the newest, so that what is removed is never the last one that is whole.
     """
     whole = [step for step in steps(root) if _looks_whole(directory_of(root, step))]
+    while verify and whole and files.problem(directory_of(root, whole[-1])):
+        whole.pop()
     states = {step: _state(directory_of(root, step)) for step in whole}
     reasons: dict[int, list[str]] = {step: [] for step in whole}
     for step in whole[-keep.keep_last :]:
         reasons[step].append("newest")
     losses = {step: states[step].get("val_loss") for step in whole}
-    losses = {step: loss for step, loss in losses.items() if isinstance(loss, float)}
+    losses = {step: loss for step, loss in losses.items() if _is_finite(loss)}
     if keep.keep_best and losses:
         reasons[min(losses, key=lambda step: losses[step])].append("best")
     for step in whole:
@@ -260,7 +272,7 @@ def kept(root: Path, keep: CheckpointConfig) -> dict[int, list[str]]:
 
 def prune(root: Path, keep: CheckpointConfig) -> None:
     """Remove the whole checkpoints that nothing keeps, and point `best` at the best."""
-    reasons = kept(root, keep)
+    reasons = kept(root, keep, verify=True)
     for step, why in reasons.items():
         if "best" in why:
             files.link(directory_of(root, step).name, root / "best")
@@ -365,15 +377,18 @@ def lock(root: Path) -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def _hold(root: Path) -> Iterator[None]:
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        (root / ".lock").touch()
-    except OSError as error:
-        raise CheckpointError(
-            f"--save_dir {root}: {error.strerror}; name a directory that can be written"
-        ) from error
-    with files.lock(root / ".lock"):
-        if left := files.sweep(root):
+    with contextlib.ExitStack() as stack:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(files.lock(root / ".lock"))
+            left = files.sweep(root)
+            files.temporary_directory(root / "probe").rmdir()  # the lock may be there already
+        except OSError as error:
+            raise CheckpointError(
+                f"--save_dir {root}: {error.strerror} ({error.filename}); name a directory that "
+                "can be written"
+            ) from error
+        if left:
             doors.warn(f"{root}: removed what an interrupted save left: {', '.join(left)}")
         yield
 
@@ -391,8 +406,9 @@ def _list(root: Path) -> int:
         directory = directory_of(root, step)
         state = _state(directory)
         loss = state.get("val_loss")
-        size = sum(path.stat().st_size for path in directory.iterdir()) if directory.is_dir() else 0
-        shown = f"{loss:.4f}" if isinstance(loss, float) and math.isfinite(loss) else "-"
+        files_there = directory.iterdir() if directory.is_dir() else ()
+        size = sum(path.lstat().st_size for path in files_there)
+        shown = f"{loss:.4f}" if _is_finite(loss) else "-"
         why = ", ".join(reasons[step]) if step in reasons else "DAMAGED (see verify)"
         print(f"{directory.name:<14}{shown:>10}{size / 1e6:>9.1f}  {why}")
     return 0

@@ -252,8 +252,10 @@ def _parse_scalar(text: str, kind: Any) -> Any:
         if text.lower() not in ("true", "false"):
             raise ValueError(text)
         return text.lower() == "true"
+    if len(text) > 40:  # longer than any number that a key accepts; _NUMBER is quadratic
+        raise ValueError(text)
     if kind is int:
-        if not _INTEGER.fullmatch(text) or len(text) > 25:
+        if not _INTEGER.fullmatch(text):
             raise ValueError(text)
         return int(text)
     # A leading zero ("0123") would be octal in YAML 1.1; a person may mean either, so ask.
@@ -303,8 +305,26 @@ def _suggestion(section: str | None, key: str) -> str:
         own = [name for full, name in everything.items() if full.startswith(section + ".")]
         near = [f"{section}.{name}" for name in difflib.get_close_matches(key, own, 1, 0.65)]
         near = near or [full for full, name in everything.items() if name == key]
-        near = near or difflib.get_close_matches(f"{section}.{key}", list(everything), 1)
+        # The key's own part decides: a section in common is no likeness.
+        names = difflib.get_close_matches(key, list(everything.values()), 1, 0.75)
+        near = near or [full for full, name in everything.items() if name in names]
     return f" (did you mean {near[0]}?)" if near else ""
+
+
+@dataclass(frozen=True)
+class _Unfit:
+    """What stands in for a value that no key accepts."""
+
+    what: str
+
+
+def _shown(text: str) -> str:
+    """A name that someone gave, as part of one line of readable length."""
+    return text if text.isprintable() and len(text) <= 80 else _quoted(text)
+
+
+def _quoted(value: Any) -> str:
+    return repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
 
 
 class _Reader:
@@ -313,26 +333,28 @@ class _Reader:
     def __init__(self) -> None:
         self.values: dict[str, dict[str, Any]] = {name: {} for name in sections()}
         self.problems: list[str] = []
+        self.unread = False  # the file could not be read at all
+        self.bad: set[str] = set()  # keys whose value was refused
 
     def set(self, where: str, section: str, key: str, value: Any) -> None:
         """Take one value (a text or a list of texts), or note what is wrong with it."""
         kind = sections().get(section)
         if kind is None:
             hint = _suggestion(None, section)
-            self.problems.append(f"{where}: unknown section {section!r}{hint}")
+            self.problems.append(f"{where}: unknown section {_quoted(section)}{hint}")
             return
         fields = {field.name: field for field in dataclasses.fields(kind)}
         if key not in fields:
             hint = _suggestion(section, key)
-            self.problems.append(f"{where}: unknown key {section}.{key}{hint}")
+            self.problems.append(f"{where}: unknown key {section}.{_shown(key)}{hint}")
             return
         hint = typing.get_type_hints(kind)[key]
         try:
             self.values[section][key] = _parse(fields[key], hint, value)
         except ValueError:
-            got = value if isinstance(value, (str, list)) else "a mapping"
-            shown = repr(got) if len(repr(got)) <= 80 else repr(got)[:77] + "..."
+            shown = _quoted(value) if isinstance(value, (str, list)) else value.what
             expected = _expected(fields[key], hint)
+            self.bad.add(f"{section}.{key}")
             self.problems.append(f"{where}: {section}.{key}: got {shown}, expected {expected}")
 
     def read_file(self, path: Path) -> None:
@@ -343,11 +365,13 @@ class _Reader:
         for section, line, node in self._items(path, root, "the file"):
             if section not in sections():
                 hint = _suggestion(None, section)
-                self.problems.append(f"{path}:{line}: unknown section {section!r}{hint}")
+                self.problems.append(f"{path}:{line}: unknown section {_quoted(section)}{hint}")
             elif isinstance(node, yaml.ScalarNode) and node.value in _NULLS:
                 continue  # a section with nothing in it
             else:
                 for key, at, value in self._items(path, node, f"section {section}"):
+                    if len(self.problems) >= 100:
+                        return
                     self.set(f"{path}:{at}", section, key, self._plain(value))
 
     def _items(self, path: Path, node: yaml.Node, what: str) -> list[tuple[str, int, yaml.Node]]:
@@ -362,8 +386,8 @@ class _Reader:
             key = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "?"
             if key in seen:
                 self.problems.append(
-                    f"{path}:{line}: {key!r} stands twice in {what} (first in line {seen[key]}); "
-                    "keep one"
+                    f"{path}:{line}: {_quoted(key)} stands twice in {what} (first in line "
+                    f"{seen[key]}); keep one"
                 )
             seen.setdefault(key, line)
             items.append((key, line, value_node))
@@ -371,14 +395,17 @@ class _Reader:
 
     @staticmethod
     def _plain(node: yaml.Node) -> Any:
-        """A scalar's text, a flat list's texts, or None for what no key accepts."""
+        """A scalar's text, a flat list's texts, or _Unfit for what no key accepts.
+
+        Looks one level deep only: aliases can make a list of lists endless.
+        """
         if isinstance(node, yaml.ScalarNode) and node.tag.endswith(":str"):
             return node.value
         if isinstance(node, yaml.SequenceNode) and node.tag.endswith(":seq"):
-            items = [_Reader._plain(item) for item in node.value if item is not node]
-            if all(isinstance(item, str) for item in items):
-                return items
-        return None
+            if all(isinstance(i, yaml.ScalarNode) and i.tag.endswith(":str") for i in node.value):
+                return [item.value for item in node.value]
+            return _Unfit("a list of what is not plain text")
+        return _Unfit("a mapping" if node.tag.endswith(":map") else f"the tag {_quoted(node.tag)}")
 
     def read_overrides(self, overrides: list[str]) -> None:
         """Read `section.key=value` words; a list is written as YAML writes it: `[a, b]`."""
@@ -387,7 +414,7 @@ class _Reader:
             section, dot, key = name.partition(".")
             if not (equals and dot and section and key):
                 self.problems.append(
-                    f"command line: got {word!r}, expected section.key=value, "
+                    f"command line: got {_quoted(word)}, expected section.key=value, "
                     "such as training.batch_size=24"
                 )
                 continue
@@ -395,9 +422,9 @@ class _Reader:
             if text.startswith("["):
                 try:
                     value = self._plain(yaml.compose(text, Loader=yaml.BaseLoader))
-                except yaml.YAMLError:
-                    value = None
-            self.set("command line", section, key, value if value is not None else text)
+                except (yaml.YAMLError, RecursionError):
+                    value = text
+            self.set("command line", section, key, value)
 
 
 def _compose(path: Path) -> yaml.Node | None:
@@ -409,8 +436,8 @@ def _compose(path: Path) -> yaml.Node | None:
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise ConfigError([f"{path}: is not a regular file; name a YAML file with --config"])
-        if path.stat().st_size > 1_000_000:
-            raise ConfigError([f"{path}: is larger than 1 MB; is it a configuration?"])
+        if path.stat().st_size > 100_000:
+            raise ConfigError([f"{path}: is larger than 100 kB; is it a configuration?"])
         return yaml.compose(path.read_text(encoding="utf-8-sig"), Loader=yaml.BaseLoader)
     except OSError as error:
         raise ConfigError([f"{path}: {error.strerror}; name a YAML file with --config"]) from error
@@ -489,9 +516,15 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         reader.read_file(Path(path))
     except ConfigError as error:
         reader.problems += error.problems
+        reader.unread = True
     reader.read_overrides(overrides or [])
     config = Config(**{name: kind(**reader.values[name]) for name, kind in sections().items()})
-    problems = reader.problems + _conflicts(config)
+    # A default that stands in for a value that was refused must not quarrel with the others.
+    problems = reader.problems + [
+        conflict
+        for conflict in _conflicts(config)
+        if not reader.unread and not any(name in conflict for name in reader.bad)
+    ]
     if problems:
         raise ConfigError(problems)
     return config

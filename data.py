@@ -35,6 +35,7 @@ PAD = "<|pad|>"
 END_TOKENS = (SEPARATOR, "<|end_of_text|>", "</s>", "<eos>")  # the first that a tokenizer knows
 TOKEN_FILES = ("train.npy", "validation.npy")
 FORMAT = 1  # of the token cache
+LEARNED = 4096  # characters that a tokenizer learns from at once: a longer word slows it down
 PIECE = 64 * 1024  # characters tokenized as one: pieces are spread over the cores
 BATCH = 4 * 1024 * 1024  # characters handed to the tokenizer at once
 _SEPARATOR_LINE = re.compile(r"^<\|endoftext\|>\n", re.MULTILINE)
@@ -79,10 +80,11 @@ def check_text_file(path: Path) -> None:
 
 def _blocks(path: Path) -> Iterator[str]:
     """The text in blocks of about 1 MB: UTF-8 checked, BOM dropped, line ends made newlines."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")("strict")
+    decoder = codecs.getincrementaldecoder("utf-8")("strict")
     newlines = io.IncrementalNewlineDecoder(decoder, translate=True)
-    offset = 0
     with open(path, "rb") as file:
+        offset = len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0
+        file.seek(offset)
         while True:
             block = file.read(1 << 20)
             if (nul := block.find(b"\0")) >= 0:
@@ -132,7 +134,9 @@ def _cut(text: str) -> list[str]:
     pieces = []
     while len(text) > PIECE:
         word_end = _LAST_WORD_END.match(text, PIECE // 2, PIECE)
-        end = word_end.end() if word_end else PIECE
+        # Before a newline, so that a separator line that is not read whole keeps its line start.
+        newline = text.rfind("\n", PIECE // 2, PIECE)
+        end = word_end.end() if word_end else newline if newline > 0 else PIECE
         pieces.append(text[:end])
         text = text[end:]
     return [*pieces, text]
@@ -176,7 +180,8 @@ def _parts(path: Path, scan: Scan) -> Iterator[tuple[str, bool, bool]]:
         if not held_out and text and position + length > scan.cut:
             after = scan.cut - position
             match = _LINE_END.search(text, after) or _WORD_END.search(text, after)
-            end = match.start() if match else length
+            # Without white space in sight, cut inside of the "word" rather than hold out nothing.
+            end = match.start() if match else length if length - after < 100 else after
             yield text[:end], False, False
             text, held_out = text[end:], True
         if text or separator:
@@ -242,7 +247,7 @@ def _fetch_gpt2(cache: Path) -> Tokenizer:
                 f"({type(error).__name__})"
             ) from error
         _write_text(path, text)
-    return parse_tokenizer(path.read_text(encoding="utf-8"), str(path))
+    return parse_tokenizer(path.read_text(encoding="utf-8", errors="replace"), str(path))
 
 
 def _learned_tokenizer(config: Config, path: Path, text_sha256: str, scan: Callable) -> Tokenizer:
@@ -250,14 +255,19 @@ def _learned_tokenizer(config: Config, path: Path, text_sha256: str, scan: Calla
     made_from = (text_sha256, config.model.vocab_size, config.data.validation_fraction, FORMAT)
     cached = Path(config.data.cache_dir) / f"tokenizer-{_key(*made_from)}.json"
     if cached.exists():
-        try:
-            return parse_tokenizer(cached.read_text(encoding="utf-8"), str(cached))
-        except InputError:
-            cached.unlink()  # damaged: learn it again
+        digest, _, content = cached.read_bytes().partition(b"\n")
+        if sha256(content).hexdigest().encode() == digest:
+            return parse_tokenizer(content.decode(), str(cached))
     parts = _parts(path, scan())
-    texts = (text for text, separator, held_out in parts if not (separator or held_out))
+    texts = (
+        text[at : at + LEARNED]
+        for text, separator, held_out in parts
+        if not (separator or held_out)
+        for at in range(0, len(text), LEARNED)
+    )
     tokenizer = train_tokenizer(texts, config.model.vocab_size)
-    _write_text(cached, tokenizer.to_str())
+    text = tokenizer.to_str()
+    _write_text(cached, sha256(text.encode()).hexdigest() + "\n" + text)
     return tokenizer
 
 

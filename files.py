@@ -27,6 +27,7 @@ from config import UserError
 
 MANIFEST = "manifest.json"
 TEMPORARY = ".tmp-"
+REPLACED = TEMPORARY + "replaced-"  # an older directory, until the new one has its name
 
 
 class DiskFullError(UserError):
@@ -154,10 +155,14 @@ def publish(temporary: Path, final: Path, point: str) -> int:
     flush(temporary / MANIFEST)
     flush(temporary)
     faults.point(f"{point}.manifest")
-    remove(final)
+    aside = final.parent / f"{REPLACED}{final.name}-{os.getpid()}"
+    if os.path.lexists(final):
+        os.rename(final, aside)
+        faults.point("remove.renamed")
     os.rename(temporary, final)
     faults.point(f"{point}.renamed")
     flush(final.parent)
+    remove(aside)
     return sum(entry["size"] for entry in entries.values())
 
 
@@ -177,6 +182,8 @@ def problem(directory: Path) -> str | None:
     """What is wrong with a published directory, naming the file; None when it is whole."""
     try:
         manifest = read_json(directory / MANIFEST)
+        if manifest["format_version"] != 1:
+            return f"{MANIFEST} has an unknown format_version"
         entries = manifest["files"].items()
         for name, entry in entries:
             path = directory / name
@@ -189,11 +196,15 @@ def problem(directory: Path) -> str | None:
         for name, entry in entries:
             if sha256(directory / name) != entry["sha256"]:
                 return f"{name} does not have the sha256 that {MANIFEST} gives"
+        for path in sorted(directory.iterdir()):
+            known = path.name in manifest["files"] or path.name == MANIFEST
+            if not known and path.suffix in (".json", ".safetensors", ".npy"):
+                return f"{path.name} is not in {MANIFEST}"
     except FileNotFoundError as error:
         return f"{Path(error.filename or MANIFEST).name} is missing"
     except OSError as error:
         return f"{Path(error.filename or directory).name}: {error.strerror}"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{MANIFEST} is not a manifest"
     if not manifest["files"]:
         return f"{MANIFEST} names no files"
@@ -205,7 +216,10 @@ def sweep(parent: Path) -> list[str]:
     names = []
     if parent.is_dir():
         for path in sorted(parent.glob(TEMPORARY + "*")):
-            if path.is_dir() and not path.is_symlink():
+            final = parent / path.name.removeprefix(REPLACED).rpartition("-")[0]
+            if path.name.startswith(REPLACED) and not os.path.lexists(final):
+                os.rename(path, final)  # died between the two renames: the old one is still good
+            elif path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink()
@@ -223,4 +237,7 @@ def link(target: str, path: Path) -> None:
     temporary = path.parent / f"{TEMPORARY}link-{path.name}-{os.getpid()}"
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)
-    os.replace(temporary, path)
+    try:
+        os.replace(temporary, path)
+    except IsADirectoryError:  # a copy made the link a directory; nothing here reads it
+        temporary.unlink()

@@ -125,9 +125,9 @@ def main() -> int:
     flags.add_argument("--resume", default="never", metavar="never|auto|PATH")
     flags.add_argument("--dry_run", action="store_true", help="check everything, then end")
     arguments = flags.parse_intermixed_args()
+    if arguments.train_steps:  # as an override, so that it is checked against the other keys
+        arguments.overrides.append(f"training.train_steps={arguments.train_steps}")
     config = load_config(arguments)
-    if arguments.train_steps:
-        config = configuration.replace_training(config, train_steps=arguments.train_steps)
     last = config.training.train_steps
     with contextlib.nullcontext() if arguments.dry_run else checkpoint.lock(arguments.save_dir):
         resume_from = find_resume(arguments.save_dir, arguments.resume)

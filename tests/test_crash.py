@@ -102,9 +102,9 @@ def test_kill_at_random_times(reference: Path, tmp_path: Path, seed: int) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1000, 1125))
+@pytest.mark.parametrize("seed", range(1000, 1040))
 def test_kill_at_random_times_many(reference: Path, tmp_path: Path, seed: int) -> None:
-    """K1 by night: 1,000 kills, eight a run; `-s` prints how many fell."""
+    """K1 by night: 320 kills, eight a run; `-s` prints how many fell."""
     write_tiny(tmp_path)
     seconds = float((reference / "seconds").read_text())
     hits, trial = 0, 0
