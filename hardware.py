@@ -45,6 +45,8 @@ def supports_bf16(device: torch.device) -> bool:
     """Whether bf16 arithmetic is in hardware: GPUs from Ampere on, CPUs with AMX or AVX512-BF16."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
+    if not hasattr(torch.cpu, "get_capabilities"):  # an older PyTorch: the safe answer
+        return False
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 

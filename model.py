@@ -327,7 +327,9 @@ class CausalLM(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., C) -> logits (..., vocab_size) in the compute dtype."""
         weight = self.model.embed_tokens.weight.to(hidden.dtype)
-        missing = -weight.size(0) % HEAD_MULTIPLE
+        missing = head_rows(weight.size(0), hidden.device) - weight.size(0)
+        if missing == 0:
+            return F.linear(hidden, weight)
         return F.linear(hidden, F.pad(weight, (0, 0, 0, missing)))[..., : weight.size(0)]
 
     def forward(
@@ -350,13 +352,31 @@ class CausalLM(nn.Module):
         logits = self.logits(hidden)
         if labels is None:
             return logits
-        # The softmax is in fp32; under torch.compile the cast is fused and costs nothing.
-        return F.cross_entropy(
-            logits.flatten(0, 1).float(),
-            labels.flatten(),
-            ignore_index=IGNORE_INDEX,
-            reduction=reduction,
-        )
+        return next_token_loss(logits.flatten(0, 1), labels.flatten(), reduction)
+
+
+def head_rows(vocab_size: int, device: torch.device) -> int:
+    """Rows of the head's matrix product: aligned on a GPU; on the CPU a copy costs more than it."""
+    return vocab_size if device.type == "cpu" else vocab_size + -vocab_size % HEAD_MULTIPLE
+
+
+def next_token_loss(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
+    """Cross-entropy in nats, fp32; positions labelled IGNORE_INDEX count for nothing.
+
+    The softmax is in fp32: under torch.compile the cast is fused and costs nothing. Training in
+    eager mode on the CPU leaves bf16 logits as they are, since there the cast costs a third of the
+    head: the kernel's sums are in fp32 all the same, and only each token's loss is rounded.
+
+    Args:
+        logits: (N, V), fp32 or bf16.
+        labels: (N,), int64.
+        reduction: "mean" over the predicted positions, or "sum".
+    """
+    eager_cpu = logits.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not (eager_cpu and torch.is_grad_enabled()):
+        logits = logits.float()
+    losses = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none").float()
+    return losses.sum() if reduction == "sum" else losses.sum() / (labels != IGNORE_INDEX).sum()
 
 
 def initialize(model: CausalLM, generator: torch.Generator) -> None:

@@ -190,30 +190,48 @@ def test_initial_weights() -> None:
     again = small_model()
     layer = model.model.layers[0]
     assert torch.equal(layer.mlp.c_fc.weight, again.model.layers[0].mlp.c_fc.weight)
-    assert float(layer.mlp.c_fc.weight.std()) == pytest.approx(0.02, rel=0.1)
-    assert float(layer.mlp.c_proj.weight.std()) == pytest.approx(0.02 / 2, rel=0.1)
-    assert float(layer.self_attn.o_proj.weight.std()) == pytest.approx(0.02 / 2, rel=0.1)
+    assert float(layer.mlp.c_fc.weight.detach().std()) == pytest.approx(0.02, rel=0.1)
+    assert float(layer.mlp.c_proj.weight.detach().std()) == pytest.approx(0.02 / 2, rel=0.1)
+    assert float(layer.self_attn.o_proj.weight.detach().std()) == pytest.approx(0.02 / 2, rel=0.1)
     assert (layer.mlp.c_fc.bias == 0).all() and (layer.input_layernorm.weight == 1).all()
-    assert float(model(*random_batch(8))) == pytest.approx(math.log(130), abs=0.05)
+    assert float(model(*random_batch(8)).detach()) == pytest.approx(math.log(130), abs=0.05)
 
 
-def test_head_is_padded_for_the_product_only() -> None:
-    """The parameter has 130 rows, the product 256, the logits 130."""
-    model = small_model()
-    shapes = []
-    original = models.F.linear
+def test_head_is_padded_on_the_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """50,304 rows for the product on a GPU, 50,258 parameters rows; the logits do not change."""
+    assert models.head_rows(50_258, torch.device("cuda")) == 50_304
+    assert models.head_rows(50_304, torch.device("cuda")) == 50_304
+    assert models.head_rows(50_258, torch.device("cpu")) == 50_258
+    model, batch = small_model(), random_batch(2)
+    plain = model(batch[0]).detach()
+    model(*batch).backward()
+    gradient = model.model.embed_tokens.weight.grad.clone()
+    model.zero_grad()
+    monkeypatch.setattr(models, "head_rows", lambda rows, device: rows + -rows % 128)
+    assert model(batch[0]).shape == (2, 16, 130)
+    torch.testing.assert_close(model(batch[0]), plain, atol=1e-6, rtol=1e-6)
+    model(*batch).backward()
+    torch.testing.assert_close(model.model.embed_tokens.weight.grad, gradient)
 
-    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        shapes.append(tuple(weight.shape))
-        return original(x, weight, bias)
 
-    models.F.linear = linear
-    try:
-        logits = model(random_batch(1)[0])
-    finally:
-        models.F.linear = original
-    assert shapes[-1] == (256, 32) and logits.shape == (1, 16, 130)
-    assert model.model.embed_tokens.weight.shape == (130, 32)
+def test_eager_bf16_loss_is_near_the_fp32_one() -> None:
+    """bf16 logits in eager training: the mean loss within bf16's rounding, the same gradient."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4096, 300, generator=generator).bfloat16()
+    labels = torch.randint(0, 300, (4096,), generator=generator)
+    rounded = logits.clone().requires_grad_()
+    loss = models.next_token_loss(rounded, labels, "mean")
+    loss.backward()
+    exact = logits.float().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(exact, labels)
+    expected.backward()
+    assert loss.dtype == torch.float32
+    assert float(loss) == pytest.approx(float(expected), abs=1e-3)
+    torch.testing.assert_close(rounded.grad.float(), exact.grad, atol=2e-6, rtol=1e-2)
+    with torch.no_grad():  # an evaluation is exact
+        assert float(models.next_token_loss(logits, labels, "mean")) == pytest.approx(
+            float(expected), abs=1e-6
+        )
 
 
 # --- attention dispatch --------------------------------------------------------------------------
