@@ -286,8 +286,10 @@ def _parse(field: dataclasses.Field, kind: Any, value: Any) -> Any:
             low, high = field.metadata["minimum"], field.metadata["maximum"]
             if not (math.isfinite(number) and low <= number <= high):
                 raise ValueError(value)
-    if field.metadata["choices"] and result not in field.metadata["choices"]:
-        raise ValueError(value)
+    if field.metadata["choices"]:
+        result = result.lower()  # `True` is a word like any other here
+        if result not in field.metadata["choices"]:
+            raise ValueError(value)
     return result
 
 
@@ -371,6 +373,7 @@ class _Reader:
             else:
                 for key, at, value in self._items(path, node, f"section {section}"):
                     if len(self.problems) >= 100:
+                        self.problems.append(f"{path}: and more; the rest was not read")
                         return
                     self.set(f"{path}:{at}", section, key, self._plain(value))
 

@@ -15,7 +15,7 @@ import checkpoint
 import config as configuration
 import doors
 import train
-from config import Config
+from config import Config, ConfigError
 
 
 def find_start(save_dir: Path, start_step: int, last: int) -> Path:
@@ -49,6 +49,8 @@ def main() -> int:
     config = train.load_config(arguments)
     start_step = arguments.start_step or config.training.train_steps
     last = start_step + (arguments.train_steps or config.training.continue_steps)
+    if last > 999_999:
+        raise ConfigError([f"--start_step {start_step}: the last step, {last}, is over 999999"])
     with checkpoint.lock(arguments.save_dir):
         resume_from = find_start(arguments.save_dir, start_step, last)
         config = phase_one_schedule(config, resume_from)

@@ -15,6 +15,7 @@ import io
 import itertools
 import os
 import re
+import shlex
 import stat
 from array import array
 from collections.abc import Callable, Iterator
@@ -35,12 +36,12 @@ PAD = "<|pad|>"
 END_TOKENS = (SEPARATOR, "<|end_of_text|>", "</s>", "<eos>")  # the first that a tokenizer knows
 TOKEN_FILES = ("train.npy", "validation.npy")
 FORMAT = 1  # of the token cache
-LEARNED = 4096  # characters that a tokenizer learns from at once: a longer word slows it down
 PIECE = 64 * 1024  # characters tokenized as one: pieces are spread over the cores
 BATCH = 4 * 1024 * 1024  # characters handed to the tokenizer at once
 _SEPARATOR_LINE = re.compile(r"^<\|endoftext\|>\n", re.MULTILINE)
 _LAST_SEPARATOR_LINE = re.compile(r"^<\|endoftext\|>(?:\n|\Z)", re.MULTILINE)
-_LAST_WORD_END = re.compile(r".*\S(?=\s)", re.DOTALL)
+_LAST_WORD_END = re.compile(r".*[^\W_](?= )", re.DOTALL)
+_LONG_WORD = re.compile(r"\S{4096}")  # learning from longer ones is very slow
 _LINE_END = re.compile(r"(?<=\S)\n")
 _WORD_END = re.compile(r"(?<=\S)\s")
 
@@ -67,7 +68,10 @@ def check_text_file(path: Path) -> None:
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; name a text file with --input_file") from error
     if start.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise InputError(f"{path}: is UTF-16; convert it: iconv -f UTF-16 -t UTF-8 {path} > new")
+        raise InputError(
+            f"{path}: is UTF-16; convert it: "
+            f"iconv -f UTF-16 -t UTF-8 {shlex.quote(str(path))} > new"
+        )
     for magic, name, tool in (
         (b"\x1f\x8b", "gzip", "gunzip"),
         (b"PK\x03\x04", "zip", "unzip"),
@@ -99,7 +103,7 @@ def _blocks(path: Path) -> Iterator[str]:
                 at = offset - waiting + error.start
                 raise InputError(
                     f"{path}: byte {at} is not UTF-8 ({error.reason}); if it is Latin-1, convert "
-                    f"it: iconv -f LATIN1 -t UTF-8 {path} > new"
+                    f"it: iconv -f LATIN1 -t UTF-8 {shlex.quote(str(path))} > new"
                 ) from error
             if not block:
                 return
@@ -109,8 +113,8 @@ def _blocks(path: Path) -> Iterator[str]:
 def _pieces(path: Path) -> Iterator[tuple[str, bool]]:
     """The text in order: (text, False) for at most PIECE characters, ("", True) for a separator.
 
-    A long document is cut before white space that follows a word, where a byte-level BPE cannot
-    have a token across the cut; only a "word" of half a PIECE or more is cut inside.
+    A long document is cut between a letter or digit and a space, where a byte-level BPE cannot
+    have a token across the cut; where there is none in half a PIECE, before a newline or anywhere.
     """
     buffer, line_start = "", True
     for block in itertools.chain(_blocks(path), [None]):
@@ -260,15 +264,19 @@ def _learned_tokenizer(config: Config, path: Path, text_sha256: str, scan: Calla
             return parse_tokenizer(content.decode(), str(cached))
     parts = _parts(path, scan())
     texts = (
-        text[at : at + LEARNED]
+        piece
         for text, separator, held_out in parts
         if not (separator or held_out)
-        for at in range(0, len(text), LEARNED)
+        for piece in (_slices(text, 4096) if _LONG_WORD.search(text) else [text])
     )
     tokenizer = train_tokenizer(texts, config.model.vocab_size)
     text = tokenizer.to_str()
     _write_text(cached, sha256(text.encode()).hexdigest() + "\n" + text)
     return tokenizer
+
+
+def _slices(text: str, length: int) -> list[str]:
+    return [text[at : at + length] for at in range(0, len(text), length)]
 
 
 def _load_tokenizer(config: Config, path: Path, text_sha256: str, scan: Callable) -> Tokenizer:
@@ -278,8 +286,11 @@ def _load_tokenizer(config: Config, path: Path, text_sha256: str, scan: Callable
         return _fetch_gpt2(Path(config.data.cache_dir))
     if source == "train":
         return _learned_tokenizer(config, path, text_sha256, scan)
+    file = Path(source)
+    if file.exists() and not (file.is_file() or file.is_dir()):  # a device or FIFO has no end
+        raise InputError(f"tokenizer.source {source}: is not a regular file")
     try:
-        return parse_tokenizer(Path(source).read_text(encoding="utf-8"), source)
+        return parse_tokenizer(file.read_text(encoding="utf-8"), source)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "is not UTF-8"
         raise InputError(

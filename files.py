@@ -27,6 +27,7 @@ from config import UserError
 
 MANIFEST = "manifest.json"
 TEMPORARY = ".tmp-"
+_READ_AS_OURS = ("config.json", "tokenizer.json", "trainer_state.json", "counts.json")
 REPLACED = TEMPORARY + "replaced-"  # an older directory, until the new one has its name
 
 
@@ -197,8 +198,9 @@ def problem(directory: Path) -> str | None:
             if sha256(directory / name) != entry["sha256"]:
                 return f"{name} does not have the sha256 that {MANIFEST} gives"
         for path in sorted(directory.iterdir()):
-            known = path.name in manifest["files"] or path.name == MANIFEST
-            if not known and path.suffix in (".json", ".safetensors", ".npy"):
+            # A tool may add files of its own, but not what is read as ours.
+            ours = path.suffix in (".safetensors", ".npy") or path.name in _READ_AS_OURS
+            if ours and path.name not in manifest["files"]:
                 return f"{path.name} is not in {MANIFEST}"
     except FileNotFoundError as error:
         return f"{Path(error.filename or MANIFEST).name} is missing"
@@ -237,7 +239,6 @@ def link(target: str, path: Path) -> None:
     temporary = path.parent / f"{TEMPORARY}link-{path.name}-{os.getpid()}"
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)
-    try:
-        os.replace(temporary, path)
-    except IsADirectoryError:  # a copy made the link a directory; nothing here reads it
-        temporary.unlink()
+    if path.is_dir() and not path.is_symlink():  # a copy of save_dir made the link a directory
+        os.rename(path, path.with_name(f"{path.name}-was-a-directory-{os.getpid()}"))
+    os.replace(temporary, path)

@@ -67,7 +67,7 @@ def find_resume(save_dir: Path, resume: str) -> Path | None:
     checkpoint.require_whole(path)
     step = step_of(path)
     newer = [other for other in present if other > step]
-    if newer and path.resolve().parent == save_dir.resolve():
+    if newer:
         raise ConfigError(
             [
                 f"--resume {path}: {save_dir} holds newer checkpoints (steps "
