@@ -31,6 +31,7 @@ import json
 import os
 import platform
 import re
+import resource
 import shlex
 import statistics
 import subprocess
@@ -66,6 +67,7 @@ MEASUREMENTS = ("tokenize", "train", "checkpoint", "generate")
 PEERS = ("transformers", "transformers-compile")
 PROMPT_TOKENS, NEW_TOKENS, SAMPLES = 8, 100, 3  # of the generation measurement
 PLAIN_BATCH = 32_000_000  # bytes given to encode_batch at once: its results stay in memory
+DISTURBED = 0.05  # share of the CPUs; on 2 cores one busy neighbour can slow a step tenfold
 VARIABLES = ("MALLOC_", "OMP_", "KMP_", "LD_PRELOAD", "PYTORCH_", "TORCH", "CUDA_", "TOKENIZERS_")
 Result = dict[str, Any]
 
@@ -495,14 +497,25 @@ WORKERS: dict[str, Callable[[Config, argparse.Namespace], Result]] = {
 # --- the door ------------------------------------------------------------------------------------
 
 
+def _busy_seconds() -> float:
+    """CPU seconds that everything else on this Linux machine has used so far."""
+    with contextlib.suppress(OSError):
+        user, nice, system, _, _, *rest = map(int, Path("/proc/stat").read_text().split()[1:9])
+        own = resource.getrusage(resource.RUSAGE_CHILDREN)
+        used = (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
+        return used - own.ru_utime - own.ru_stime
+    return 0.0
+
+
 def _work(name: str, scratch: Path) -> Result:
-    """Run one worker in a process of its own."""
+    """Run one worker in a process of its own; notes how busy others kept the machine meanwhile."""
     changes = {
         # One GPU: Trainer would share its batch between several.
         "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0],
     }
     if "transformers" in name:
         changes |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    others, began = _busy_seconds(), time.perf_counter()
     done = subprocess.run(
         [sys.executable, __file__, *sys.argv[1:], "--worker", name, "--scratch", str(scratch)],
         env={**os.environ, **changes}, capture_output=True, text=True, stdin=subprocess.DEVNULL,
@@ -514,7 +527,15 @@ def _work(name: str, scratch: Path) -> Result:
     if done.returncode:
         message = re.split("^error: ", done.stderr, flags=re.MULTILINE)[-1].strip()
         raise BenchmarkError(f"{name}: {message}", done.returncode)
-    return json.loads((scratch / "answer.json").read_text("utf-8"))
+    answer = json.loads((scratch / "answer.json").read_text("utf-8"))
+    cores = (time.perf_counter() - began) * (os.cpu_count() or 1)
+    answer["others_cpu_share"] = max(0.0, (_busy_seconds() - others) / cores)
+    if answer["others_cpu_share"] > DISTURBED:
+        doors.warn(
+            f"warning: meanwhile other processes used {answer['others_cpu_share']:.0%} of the "
+            "CPUs: the figures of this round are not to be trusted"
+        )
+    return answer
 
 
 def _summary(rounds: list[Result]) -> Result:

@@ -96,6 +96,11 @@ def leave(code: int) -> None:
     if path and code and is_main_process():
         with open(path, "w", encoding="utf-8") as file:
             file.write(str(code))
+    for stream, descriptor in ((sys.__stdout__, 1), (sys.__stderr__, 2)):
+        try:
+            stream.flush()
+        except (OSError, ValueError):  # a console that is gone would change the exit code to 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
     sys.exit(code)
 
 

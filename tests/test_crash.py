@@ -205,7 +205,7 @@ def test_a_full_disk_for_metrics_does_not_stop_the_run(reference: Path, tmp_path
     """metrics.jsonl cannot be written for a while: its lines wait, none is lost or doubled."""
     write_tiny(tmp_path)
     words = command("train.py")
-    result = call(tmp_path, words, FAULT="metrics.write:full:3")
+    result = call(tmp_path, words, FAULT="metrics.write:full:4")
     assert result.returncode == 0, result.stdout
     assert "its lines wait" in result.stdout
     assert_same_end(tmp_path, reference)

@@ -89,6 +89,8 @@ def _start(directory: Path, words: list[str], **extra: str) -> subprocess.Popen[
         words, cwd=directory, env=environment(PYTHONUNBUFFERED="1", NO_INSTALL="1", **extra),
         text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         start_new_session=True,
+        # A suite that was started in the background ignores SIGINT, and so would train.sh.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 
