@@ -35,7 +35,7 @@ def draw(events: list[Event], log_dir: Path) -> list[Path]:
 
 def _figure(title: str, x: str, y: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(8, 4.5))
-    figure.subplots_adjust(left=0.1, right=0.82, bottom=0.12, top=0.92)
+    figure.subplots_adjust(left=0.1, right=0.97, bottom=0.12, top=0.92)
     axes = figure.subplots()
     axes.set(title=title, xlabel=x, ylabel=y)
     axes.grid(alpha=0.3)
@@ -73,6 +73,7 @@ def _gradient_flow(gradients: list[Event]) -> Figure:
         color = colormaps["viridis"](number / max(len(names) - 1, 1))
         axes.plot(*zip(*points, strict=True), label=name, color=color, linewidth=1)
     if names:
+        figure.subplots_adjust(right=0.82)  # room for the legend
         axes.set_yscale("log")
         axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
     return figure

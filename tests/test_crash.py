@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from helpers import (
     call,
     command,
@@ -282,21 +281,3 @@ def test_not_finite_stops_before_the_update(tmp_path: Path, where: str, value: f
         assert "step 5" in result.stdout and "step_000004" in result.stdout
     assert sorted(os.listdir(tmp_path / "run/checkpoints"))[-2:] != ["step_000006"]
     assert not step_directory(tmp_path, 6).exists()
-
-
-def test_out_of_memory_ladder_keeps_the_gradients(tmp_path: Path) -> None:
-    """fit_memory: selective, full, half batches; the batch and the gradients stay the same."""
-    from test_optimization import make_stepper, random_batch
-
-    import optimization
-
-    batch = random_batch(8)
-    plain = make_stepper(micro_batch=4)
-    plain.backward(*batch, step=1)
-    for mode, micro in (("selective", 4), ("full", 4), ("full", 2), ("full", 1)):
-        other = make_stepper(micro_batch=micro)
-        other.model.model.gradient_checkpointing = mode
-        other.backward(*batch, step=1)
-        for ours, theirs in zip(other.model.parameters(), plain.model.parameters(), strict=True):
-            torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-4)
-    assert optimization.split_batch  # the batch's arithmetic has its own tests
