@@ -77,7 +77,6 @@ class Run:
     config: Config
     device: torch.device
     dtype: torch.dtype
-    attention: models.Attention
     attention_reason: str
     corpus: data.Corpus
     dataset: data.TokenDataset
@@ -216,8 +215,8 @@ def set_up(job: Job, log: Callable[[str], None], corpus: data.Corpus | None = No
     )
     progress, run_id = _progress_of(saved, job, config, model, optimizer)
     run = Run(
-        job=job, config=config, device=device, dtype=dtype, attention=attention,
-        attention_reason=reason, corpus=corpus, dataset=dataset, model=model,
+        job=job, config=config, device=device, dtype=dtype, attention_reason=reason,
+        corpus=corpus, dataset=dataset, model=model,
         compute_loss=compute_loss, stepper=None, progress=progress, tracker=None, run_id=run_id,
         earlier_seconds=progress.elapsed_seconds,
     )  # fmt: skip

@@ -69,6 +69,8 @@ def run(main: Callable[[], int]) -> None:
     except UserError as error:
         code = error.exit_code
         _report(f"error: {error}")
+    except SystemExit as end:  # argparse, or a signal while there was nothing to save
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:  # the reader of our output went away: `... | head`
@@ -101,6 +103,10 @@ def leave(code: int) -> None:
             stream.flush()
         except (OSError, ValueError):  # a console that is gone would change the exit code to 120
             os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    if "RANK" in os.environ:
+        # gloo's threads can outlive the process group (DDP holds it) and abort a process whose
+        # interpreter is being torn down: https://github.com/pytorch/pytorch/pull/179291.
+        os._exit(code)
     sys.exit(code)
 
 
@@ -119,7 +125,6 @@ class StopSignals:
     def __init__(self) -> None:
         self.number = 0
         self.deferred = False
-        self.on_first: Callable[[str], None] | None = None
 
     def install(self) -> StopSignals:
         """Install the handlers. A SIGHUP that was ignored (nohup) stays ignored."""

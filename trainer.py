@@ -345,20 +345,23 @@ def _documents(run: Run) -> dict[str, Any]:
 def run(job: Job) -> int:
     """Set a run up, train, and end it; returns the exit code."""
     logger = _logger(job)
-    with contextlib.ExitStack() as stack:
-        stack.callback(distributed.stop)
-        state = set_up(job, logger.info)
-        if distributed.is_main():
-            for line in describe(state):
-                logger.info(line)
-            check_disk(state, logger.info)
-        if job.dry_run:
-            mode, reason = wandb_run.choose_mode(wandb_run.settings(state.config.wandb))
-            logger.info(f"W&B            {mode} ({reason})")
-            logger.info("dry run: everything is fine; nothing was written but the token cache")
-            return 0
-        stack.enter_context(engine(state))
-        return _run(state, logger)
+    state = set_up(job, logger.info)
+    if distributed.is_main():
+        for line in describe(state):
+            logger.info(line)
+        check_disk(state, logger.info)
+    if job.dry_run:
+        mode, reason = wandb_run.choose_mode(wandb_run.settings(state.config.wandb))
+        logger.info(f"W&B            {mode} ({reason})")
+        logger.info("dry run: everything is fine; nothing was written but the token cache")
+        code = 0
+    else:
+        with engine(state):
+            code = _run(state, logger)
+    # Not after an error: ranks that still communicate would keep this one waiting, and torchrun
+    # ends them when it sees it gone (https://github.com/pytorch/torchtitan/pull/1342).
+    distributed.stop()
+    return code
 
 
 @contextlib.contextmanager
