@@ -65,9 +65,8 @@ def select(logits: torch.Tensor, uniform: torch.Tensor, settings: GenerationConf
     """
     if settings.temperature == 0:
         return logits.argmax(dim=-1)
-    ordered, ids = logits.sort(dim=-1, descending=True)
-    if settings.top_k:
-        ordered, ids = ordered[:, : settings.top_k], ids[:, : settings.top_k]
+    count = min(settings.top_k or logits.size(-1), logits.size(-1))
+    ordered, ids = logits.topk(count, dim=-1)  # the largest first
     probabilities = (ordered / settings.temperature).softmax(dim=-1)
     cumulative = probabilities.cumsum(dim=-1)
     # Nucleus: the fewest tokens that reach top_p, so a token counts if those before it do not.

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -30,6 +31,7 @@ from torch.utils.checkpoint import (
 
 from config import ConfigError, ModelConfig
 
+FEW_ROWS = 8  # up to here the CPU takes a matrix product with the weight first
 HEAD_MULTIPLE = 128  # rows of the head's matrix: a multiple keeps its matrix products aligned
 IGNORE_INDEX = -100  # the label of a position that is not predicted (PyTorch's default)
 
@@ -129,7 +131,18 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features), in x's dtype."""
-        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear in x's dtype: x (..., in), weight (out, in), bias (out,) -> (..., out)."""
+    weight = weight.to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    if x.device.type != "cpu" or x.numel() > FEW_ROWS * x.size(-1):
+        return F.linear(x, weight, bias)
+    # Generation, a token for each sequence at a time: oneDNN is faster with the weight first.
+    out = (weight @ x.flatten(0, -2).T).T.unflatten(0, x.shape[:-1])
+    return out if bias is None else out + bias
 
 
 class Embedding(nn.Embedding):
@@ -216,12 +229,15 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        # One matrix product for q, k and v: three parameters (Hugging Face's names), joined here.
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        weight = torch.cat([p.weight for p in projections]).to(x.dtype)
-        bias = torch.cat([p.bias for p in projections]).to(x.dtype)
-        qkv = F.linear(x, weight, bias).unflatten(-1, (3, self.heads, -1))  # (B, T, 3, H, D)
-        q, k, v = qkv.unbind(dim=2)
+        if cache is None:
+            # One matrix product: three parameters (Hugging Face's names), joined here.
+            weight = torch.cat([p.weight for p in projections])
+            bias = torch.cat([p.bias for p in projections])
+            q, k, v = linear(x, weight, bias).chunk(3, dim=-1)
+        else:  # for one token, joining the weights would cost more than it gains
+            q, k, v = (project(x) for project in projections)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in (q, k, v))  # (B, T, H, D)
         q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
         out = self.attention(q, k, v) if cache is None else cache.attend(self.layer, q, k, v)
         return self.o_proj(out.flatten(2))
@@ -326,11 +342,11 @@ class CausalLM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., C) -> logits (..., vocab_size) in the compute dtype."""
-        weight = self.model.embed_tokens.weight.to(hidden.dtype)
+        weight = self.model.embed_tokens.weight
         missing = head_rows(weight.size(0), hidden.device) - weight.size(0)
         if missing == 0:
-            return F.linear(hidden, weight)
-        return F.linear(hidden, F.pad(weight, (0, 0, 0, missing)))[..., : weight.size(0)]
+            return linear(hidden, weight)
+        return linear(hidden, F.pad(weight, (0, 0, 0, missing)))[..., : weight.size(0)]
 
     def forward(
         self,
@@ -349,10 +365,14 @@ class CausalLM(nn.Module):
             reduction: of the loss: "mean" over the predicted positions, or "sum".
         """
         hidden = self.model(input_ids, self.dtype, cache)
-        logits = self.logits(hidden)
         if labels is None:
-            return logits
-        return next_token_loss(logits.flatten(0, 1), labels.flatten(), reduction)
+            return self.logits(hidden)
+        labels = labels.flatten()
+        if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
+            weight = self.model.embed_tokens.weight
+            total = HeadLoss.apply(hidden.flatten(0, 1), weight, labels).sum()
+            return total / (labels != IGNORE_INDEX).sum() if reduction == "mean" else total
+        return next_token_loss(self.logits(hidden).flatten(0, 1), labels, reduction)
 
 
 def head_rows(vocab_size: int, device: torch.device) -> int:
@@ -363,8 +383,8 @@ def head_rows(vocab_size: int, device: torch.device) -> int:
 def next_token_loss(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
     """Cross-entropy in nats, fp32; positions labelled IGNORE_INDEX count for nothing.
 
-    The softmax is in fp32; under torch.compile the cast is fused and costs nothing. In eager mode
-    it costs time, but with bf16 logits each token's loss is rounded and their mean is biased.
+    The softmax is in fp32: with bf16 logits each token's loss would be rounded and their mean
+    biased. Under torch.compile the cast is fused and costs nothing; in eager mode see `HeadLoss`.
 
     Args:
         logits: (N, V), fp32 or bf16.
@@ -372,6 +392,51 @@ def next_token_loss(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
         reduction: "mean" over the predicted positions, or "sum".
     """
     return F.cross_entropy(logits.float(), labels, ignore_index=IGNORE_INDEX, reduction=reduction)
+
+
+class HeadLoss(torch.autograd.Function):
+    """The head and the cross-entropy of each position as one operation, for the CPU's eager mode.
+
+    The same numbers as the head followed by `next_token_loss`: the logits are in the compute dtype,
+    the softmax in fp32. But no fp32 copy of all logits is made (206 MB for 1,024 tokens): they are
+    seen in fp32 a few rows at a time, which stay in the processor's cache, and the backward pass
+    writes their gradient in their place. `torch.compile` does the same by itself.
+    """
+
+    ROWS = 16  # x 50,258 x 4 bytes = 3.2 MB
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        """Hidden (N, C), weight (V, C), labels (N,) -> losses in nats (N,) fp32, 0 if ignored."""
+        ctx.weight_dtype, weight = weight.dtype, weight.to(hidden.dtype)
+        logits = F.linear(hidden, weight)
+        log_sums = torch.empty(hidden.size(0), dtype=torch.float32)
+        for part, out in zip(
+            logits.split(HeadLoss.ROWS), log_sums.split(HeadLoss.ROWS), strict=True
+        ):
+            torch.logsumexp(part.float(), -1, out=out)
+        ignored = labels == IGNORE_INDEX
+        targets = labels.masked_fill(ignored, 0)[:, None]
+        chosen = logits.gather(1, targets).squeeze(1).float()
+        ctx.save_for_backward(hidden, weight, log_sums, targets, ignored)
+        ctx.logits = logits
+        return (log_sums - chosen).masked_fill_(ignored, 0.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Gradients of hidden and weight; a second pass raises, as the logits are gone."""
+        hidden, weight, log_sums, targets, ignored = ctx.saved_tensors
+        logits, ctx.logits = ctx.logits, None
+        if logits is None:
+            raise RuntimeError("HeadLoss: the graph can be gone through backwards only once")
+        grad = grad.masked_fill(ignored, 0.0)[:, None]
+        by_rows = (x.split(HeadLoss.ROWS) for x in (logits, targets, grad, log_sums[:, None]))
+        for part, target, scale, log_sum in zip(*by_rows, strict=True):
+            # d loss / d logits = softmax - one-hot
+            softmax = part.float().sub_(log_sum).exp_()
+            part.copy_(softmax.mul_(scale).scatter_add_(1, target, -scale))
+        return logits @ weight, (logits.T @ hidden).to(ctx.weight_dtype), None
 
 
 def initialize(model: CausalLM, generator: torch.Generator) -> None:

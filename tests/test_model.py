@@ -208,9 +208,10 @@ def test_head_is_padded_on_the_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None
     gradient = model.model.embed_tokens.weight.grad.clone()
     model.zero_grad()
     monkeypatch.setattr(models, "head_rows", lambda rows, device: rows + -rows % 128)
-    assert model(batch[0]).shape == (2, 16, 130)
-    torch.testing.assert_close(model(batch[0]), plain, atol=1e-6, rtol=1e-6)
-    model(*batch).backward()
+    logits = model(batch[0])
+    assert logits.shape == (2, 16, 130)
+    torch.testing.assert_close(logits, plain, atol=1e-6, rtol=1e-6)
+    models.next_token_loss(logits.flatten(0, 1), batch[1].flatten(), "mean").backward()
     torch.testing.assert_close(model.model.embed_tokens.weight.grad, gradient)
 
 
@@ -225,6 +226,42 @@ def test_loss_of_bf16_logits_is_computed_in_fp32() -> None:
     assert loss.item() == pytest.approx(expected, abs=1e-6)
     with torch.no_grad():
         assert models.next_token_loss(logits, labels, "mean").item() == loss.item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_cpu_head_is_the_head_and_the_cross_entropy(dtype: torch.dtype) -> None:
+    """`HeadLoss` against autograd through PyTorch's own functions, ignored labels included."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(70, 24, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(301, 24, generator=generator).requires_grad_()
+    labels = torch.randint(0, 301, (70,), generator=generator)
+    labels[::9] = models.IGNORE_INDEX
+    scale = torch.randn(70, generator=generator)
+    logits = (hidden @ weight.to(dtype).T).float()
+    expected = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    (expected * scale).sum().backward()
+    gradients = [hidden.grad, weight.grad]
+    hidden.grad = weight.grad = None
+    losses = models.HeadLoss.apply(hidden, weight, labels)
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses, expected, atol=2e-6, rtol=1e-6)
+    total = (losses * scale).sum()
+    total.backward(retain_graph=True)
+    assert [hidden.grad.dtype, weight.grad.dtype] == [dtype, torch.float32]
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for found, gradient in zip([hidden.grad, weight.grad], gradients, strict=True):
+        torch.testing.assert_close(found, gradient, atol=tolerance, rtol=tolerance)
+    with pytest.raises(RuntimeError, match="only once"):
+        total.backward()
+
+
+@pytest.mark.parametrize("rows", [1, 8, 9])
+def test_few_rows_give_the_same_product(rows: int) -> None:
+    """The order that generation takes on the CPU changes no number, with or without a bias."""
+    layer = torch.nn.Linear(24, 40)
+    x = torch.randn(rows, 24, generator=torch.Generator().manual_seed(rows)).view(1, rows, 24)
+    torch.testing.assert_close(models.linear(x, layer.weight, layer.bias), layer(x))
+    torch.testing.assert_close(models.linear(x, layer.weight), x @ layer.weight.T)
 
 
 # --- attention dispatch --------------------------------------------------------------------------
