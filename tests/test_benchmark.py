@@ -114,12 +114,32 @@ def test_the_json_says_what_was_measured_where(measured):
     _, result, _ = measured
     assert result["command"].startswith("python benchmark.py --config tiny.yaml")
     assert result["config"]["data"]["sequence_length"] == 32
-    assert result["settings"] == {"steps": 3, "warmup": 1, "rounds": 1, "text_mb": 1}
+    assert result["settings"] == {"steps": 3, "warmup": 1, "rounds": 1, "text_mb": 1} | {
+        "same_environment": False
+    }
     assert result["environment"]["OMP_NUM_THREADS"] == "1"
     machine = result["machine"]
     assert {"torch", "python", "cuda", "cudnn", "transformers"} <= machine["versions"].keys()
     assert machine["device"] and machine["attention"] and machine["parameters"] > 0
     assert machine["flops_per_token_full"] > machine["flops_per_token_half"] > 0
+
+
+def test_peers_run_without_our_allocator_settings_unless_told(monkeypatch, tmp_path):
+    seen = {}
+
+    def run(command, env, **_):
+        seen[command[command.index("--worker") + 1]] = env
+        (tmp_path / "answer.json").write_text("{}")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setenv("MALLOC_TOP_PAD_", "7")
+    for words, expected in (([], None), (["--same_environment"], "7")):
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", *words])
+        for name in ("train ours", "train transformers"):
+            benchmark._work(name, tmp_path)
+        assert seen["train ours"]["MALLOC_TOP_PAD_"] == "7"
+        assert seen["train transformers"].get("MALLOC_TOP_PAD_") == expected
 
 
 def test_the_table_is_printed_and_nothing_is_left(measured):
