@@ -14,7 +14,8 @@ says that ours is faster.
 
 - tokenize: data.prepare, from a text to verified files; the peer is Tokenizer.encode_batch alone.
 - train: a step lasts from the end of one to the end of the next, data included, on either side; the
-  peer is Hugging Face Trainer with the same architecture, batch, data shape and precision.
+  peer is Hugging Face Trainer with the same architecture, batch, data shape and precision;
+  --without measures ours with one of its techniques left out (docs/performance.md).
 - checkpoint: how long the loop waits, what is lost in all (with the steps that are slower while it
   is written), when it is whole on the disk; resume: how long a fresh process takes to go on.
 - generate: 3 samples of 100 tokens; the peer is transformers' generate with the same weights.
@@ -45,7 +46,7 @@ import data
 import doors
 import train
 from config import Config
-from measurements import WORKERS, BenchmarkError, Result
+from measurements import TECHNIQUES, WORKERS, BenchmarkError, Result
 
 MEASUREMENTS = ("tokenize", "train", "checkpoint", "generate")
 PEERS = ("transformers", "transformers-compile")
@@ -72,8 +73,9 @@ def _work(name: str, scratch: Path) -> Result:
     variables["CUDA_VISIBLE_DEVICES"] = variables.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     if "transformers" in name:
         variables |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-        if "--same_environment" not in sys.argv:
-            variables = {k: v for k, v in variables.items() if not k.startswith(ALLOCATOR)}
+    as_documented = "transformers" in name and "--same_environment" not in sys.argv
+    if as_documented or name.endswith("without-allocator"):
+        variables = {k: v for k, v in variables.items() if not k.startswith(ALLOCATOR)}
     others, began = _busy_seconds(), time.perf_counter()
     done = subprocess.run(
         [sys.executable, __file__, *sys.argv[1:], "--worker", name, "--scratch", str(scratch)],
@@ -149,7 +151,7 @@ def measure(config: Config, arguments: argparse.Namespace, scratch: Path, result
             summary = result["tokenize"][side]
             summary["mb_per_second"] = summary["mb"] / summary["seconds"]
     if "train" in arguments.only:
-        sides = ["ours", *arguments.peer]
+        sides = ["ours", *arguments.peer, *(f"without-{name}" for name in arguments.without)]
         result["train"] = turns("train", sides)
         for side in sides:
             summary = result["train"][side]
@@ -257,6 +259,8 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=number, default=3, help="(3)")
     parser.add_argument("--text_mb", type=number, default=20, help="text to tokenize (20)")
     parser.add_argument("--peer", type=peers, default=[], help=", ".join(PEERS) + " (none)")
+    names = ", ".join(TECHNIQUES)
+    parser.add_argument("--without", type=_words(tuple(TECHNIQUES)), default=[], help=names)
     parser.add_argument(
         "--same_environment", action="store_true", help="env.sh's allocator settings for peers too"
     )

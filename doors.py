@@ -91,23 +91,23 @@ def _report(line: str) -> None:
 
 
 def leave(code: int) -> None:
-    """Exit with `code`; torchrun has one exit code of its own, so tell train.sh ours by a file."""
-    for number in StopSignals.NUMBERS:  # all is done: a late one must not change the exit code
+    """Exit with `code`, at once: what was to be done is done, and on the disk.
+
+    No exit handlers and no teardown of the interpreter: W&B's handlers wait for a server that does
+    not answer, and gloo's threads can abort a process that is being torn down
+    (https://github.com/pytorch/pytorch/pull/179291). torchrun has one exit code of its own, so
+    train.sh is told ours by a file.
+    """
+    for number in StopSignals.NUMBERS:  # a late one must not change the exit code
         signal.signal(number, signal.SIG_IGN)
     path = os.environ.get("EXIT_CODE_FILE")
     if path and code and is_main_process():
         with open(path, "w", encoding="utf-8") as file:
             file.write(str(code))
-    for stream, descriptor in ((sys.__stdout__, 1), (sys.__stderr__, 2)):
-        try:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a console that is gone
             stream.flush()
-        except (OSError, ValueError):  # a console that is gone would change the exit code to 120
-            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-    if "RANK" in os.environ:
-        # gloo's threads can outlive the process group (DDP holds it) and abort a process whose
-        # interpreter is being torn down: https://github.com/pytorch/pytorch/pull/179291.
-        os._exit(code)
-    sys.exit(code)
+    os._exit(code)
 
 
 class StopSignals:

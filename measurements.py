@@ -28,9 +28,11 @@ import numpy as np
 import safetensors.torch
 import torch
 from tokenizers import Tokenizer
+from torch.nn import functional
 
 import assembly
 import checkpoint
+import config as configuration
 import data
 import doors
 import files
@@ -127,19 +129,26 @@ def _engine(run: assembly.Run) -> Iterator[None]:
         yield
 
 
-def train_ours(config: Config, arguments: argparse.Namespace) -> Result:
-    """The trainer's steps, one by one."""
+def train_ours(config: Config, arguments: argparse.Namespace, without: str = "") -> Result:
+    """The trainer's steps, one by one; `without` one of the techniques that make them fast."""
     began = time.perf_counter()
+    if without == "compile":
+        config = configuration.replace_training(config, compile="false")
     run = _set_up(config, arguments.warmup + arguments.steps, arguments.scratch)
+    leave_out(without, run)
     clock, waits, unread = Clock(run.device), [], None
     with _engine(run):
+        if without == "gc":
+            gc.enable()
         for step in range(1, run.job.last + 1):
             asked = time.perf_counter()
             batch = run.dataset.batch(step)
             input_ids, labels = (assembly.to_device(run, array) for array in batch)
             waits.append(time.perf_counter() - asked)
             stats = run.stepper.step(input_ids, labels, step, 0)
-            if unread is not None:  # while the device computes this step, as the loop does
+            if without == "late_read":
+                stats.tolist()
+            elif unread is not None:  # while the device computes this step, as the loop does
                 unread.tolist()
             unread = stats
             if step == 1:
@@ -157,6 +166,45 @@ def train_ours(config: Config, arguments: argparse.Namespace) -> Result:
         "attention": run.attention_reason,
         "last_loss": stats[0].item(),
     }
+
+
+def leave_out(name: str, run: assembly.Run) -> None:
+    """Undo one technique of the training step: what one would write who does not know it."""
+    if name == "fused":
+        for group in run.stepper.optimizer.param_groups:
+            group["fused"], group["foreach"] = False, True
+        run.stepper._update = run.stepper.optimizer.step  # only the fused one takes `found_inf`
+    if name == "qkv":
+        models.SelfAttention.forward = _three_products
+    if name == "casts":
+        run.model.dtype, plain, kind = torch.float32, run.stepper.compute_loss, run.device.type
+
+        def compute_loss(*batch: torch.Tensor) -> torch.Tensor:
+            with torch.autocast(kind, torch.bfloat16):
+                return plain(*batch)
+
+        run.stepper.compute_loss = compute_loss
+    if name in ("head", "casts"):  # autograd functions of our own take no part in autocast
+        models.HeadLoss.apply = _plain_head
+    if name == "head":
+        models.head_rows = lambda vocab_size, device: vocab_size
+
+
+def _three_products(
+    self: models.SelfAttention, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, _: None
+) -> torch.Tensor:
+    """Self-attention with a matrix product for each of q, k and v."""
+    heads = (p(x).unflatten(-1, (self.heads, -1)) for p in (self.q_proj, self.k_proj, self.v_proj))
+    q, k, v = heads
+    q, k = models.apply_rotary(q, cos, sin), models.apply_rotary(k, cos, sin)
+    return self.o_proj(self.attention(q, k, v).flatten(2))
+
+
+def _plain_head(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The head and the cross-entropy of each position, by PyTorch's own functions."""
+    logits = models.linear(hidden, weight).float()
+    ignored = models.IGNORE_INDEX
+    return functional.cross_entropy(logits, labels, ignore_index=ignored, reduction="none")
 
 
 def checkpoint_ours(config: Config, arguments: argparse.Namespace) -> Result:
@@ -455,6 +503,18 @@ def environment(config: Config, arguments: argparse.Namespace) -> Result:
     }
 
 
+# Techniques of the training step that can be left out, to measure what each is worth.
+TECHNIQUES = {
+    "compile": "torch.compile with the loss inside the graph",
+    "casts": "bf16 residual stream by explicit casts; without: autocast",
+    "head": "the head aligned (GPU), or without an fp32 copy of the logits (CPU, eager)",
+    "qkv": "one matrix product for q, k and v",
+    "fused": "the fused AdamW; without: foreach",
+    "late_read": "reading the loss of a step while the next one runs",
+    "gc": "no garbage collection between steps",
+    "allocator": "the allocator settings of env.sh",
+}
+
 WORKERS: dict[str, Callable[[Config, argparse.Namespace], Result]] = {
     "environment": environment,
     "text": make_text,
@@ -463,6 +523,7 @@ WORKERS: dict[str, Callable[[Config, argparse.Namespace], Result]] = {
     "train ours": train_ours,
     "train transformers": functools.partial(train_transformers, compiled=False),
     "train transformers-compile": functools.partial(train_transformers, compiled=True),
+    **{f"train without-{name}": functools.partial(train_ours, without=name) for name in TECHNIQUES},
     "checkpoint ours": checkpoint_ours,
     "resume ours": resume_ours,
     "generate ours": generate_ours,

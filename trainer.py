@@ -14,7 +14,6 @@ import functools
 import gc
 import logging
 import math
-import os
 import platform
 import sys
 import time
@@ -454,10 +453,4 @@ def _finish(run: Run, complete: bool) -> int:
             models_to_log[best_path] = ["best"]
         models_to_log[final] = ["final", f"phase-{job.phase}"]
     run.tracker.close(models_to_log, job.phase)
-    code = 128 + job.stop.number if job.stop.number else 0 if complete else 143
-    if run.tracker.enabled and run.tracker.wandb.abandoned:
-        # W&B's own exit handlers would wait for the server that did not answer.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    return code
+    return 128 + job.stop.number if job.stop.number else 0 if complete else 143

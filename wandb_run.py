@@ -106,7 +106,6 @@ class WandbRun:
         self.mode, reason = choose_mode(self.settings)
         self.run_id, self.directory, self.log, self.hurry = run_id, directory, log, hurry
         self.failed = self.mode == "disabled"
-        self.abandoned = False  # the thread hangs in W&B: leave the process without waiting for it
         self.jobs: queue.Queue[Callable[[Any], None] | None] = queue.Queue(maxsize=10_000)
         self.thread: threading.Thread | None = None
         log(f"W&B: {self.mode} ({reason}), run {run_id}")
@@ -131,15 +130,16 @@ class WandbRun:
             self.jobs.put_nowait(None)
         except queue.Full:
             self.failed = True
-        # After a failure nothing is worth waiting for, but the thread may still hang inside W&B.
+        # After a failure nothing is worth waiting for, but the thread may still hang inside W&B:
+        # it is left behind, and `doors.leave` does not ask it.
         started = time.monotonic()
-        while self.thread.is_alive() and not self.abandoned:
+        while self.thread.is_alive():
             self.thread.join(0.1)
             limit = 1 if self.failed else HURRY_SECONDS if self.hurry() else FINISH_SECONDS
-            self.abandoned = time.monotonic() - started > limit
-        if self.abandoned:
-            self._fail("did not finish in time; going on without it")
-        elif self.mode == "offline" and not self.failed:
+            if time.monotonic() - started > limit:
+                self._fail("did not finish in time; going on without it")
+                return
+        if self.mode == "offline" and not self.failed:
             runs = f"{self.directory}/wandb/offline-run-*-{self.run_id}"
             self.log(f"W&B: offline; upload with: wandb sync {runs}")
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"  # texts and tokenizers that are not part of the project
@@ -115,3 +120,40 @@ def digest(directory: Path, step: int = 12, run: str = "run") -> dict[str, str]:
 def left_overs(directory: Path) -> list[str]:
     """Temporary files and directories below a directory."""
     return [str(path) for path in directory.rglob(".tmp-*")]
+
+
+@contextlib.contextmanager
+def limit(seconds: float) -> Iterator[None]:
+    """Fail, instead of hanging, when the block takes longer than `seconds`."""
+
+    def stop(number, frame):
+        pytest.fail(f"took longer than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def in_child(function: Callable[[], str], nobody: bool = False) -> str:
+    """What `function` returns in a forked process, as another user than root if asked."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            if nobody and os.geteuid() == 0:
+                os.setgid(65534)
+                os.setuid(65534)
+            os.write(write, function().encode())
+        except BaseException as error:
+            os.write(write, f"child: {error!r}".encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    with open(read, "rb") as pipe:
+        result = pipe.read().decode()
+    status = os.waitpid(child, 0)[1]
+    return result if status == 0 else f"child ended with status {status}"

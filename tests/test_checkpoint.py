@@ -23,6 +23,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT, in_child, limit
 
 import checkpoint
 import data
@@ -30,29 +31,12 @@ import files
 from checkpoint import Checkpoint, CheckpointError
 from config import CheckpointConfig
 
-ROOT = Path(__file__).parents[1]
 FILES = (
     "README.md", "config.json", "model.safetensors", "tokenizer.json", "trainer_state.json",
     "training_state.safetensors",
 )  # fmt: skip
 
 # --- helpers -------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def limit(seconds: float) -> Iterator[None]:
-    """Fail, instead of hanging, when the block takes longer than `seconds`."""
-
-    def stop(number, frame):
-        pytest.fail(f"took longer than {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def tiny(step: int, width: int = 100, **state) -> Checkpoint:
@@ -122,27 +106,6 @@ def flip(path: Path, at: int, bit: int) -> None:
         byte = file.read(1)[0]
         file.seek(at)
         file.write(bytes([byte ^ (1 << bit)]))
-
-
-def in_child(function: Callable[[], str], nobody: bool = False) -> str:
-    """What `function` returns in a forked process, as another user than root if asked."""
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            if nobody and os.geteuid() == 0:
-                os.setgid(65534)
-                os.setuid(65534)
-            os.write(write, function().encode())
-        except BaseException as error:
-            os.write(write, f"child: {error!r}".encode())
-        finally:
-            os._exit(0)
-    os.close(write)
-    with open(read, "rb") as pipe:
-        result = pipe.read().decode()
-    status = os.waitpid(child, 0)[1]
-    return result if status == 0 else f"child ended with status {status}"
 
 
 def door(*words: object) -> subprocess.CompletedProcess:

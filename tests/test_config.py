@@ -7,7 +7,6 @@ import math
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -16,11 +15,11 @@ import typing
 from pathlib import Path
 
 import pytest
+from helpers import ROOT, limit
 
 import config as configuration
 from config import Config, ConfigError
 
-ROOT = Path(__file__).parents[1]
 KEYS = [
     (section, field.name)
     for section, kind in configuration.sections().items()
@@ -35,22 +34,6 @@ def write(tmp_path: Path, content: str | bytes, name: str = "run.yaml") -> Path:
     path = tmp_path / name
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return path
-
-
-@contextlib.contextmanager
-def limit(seconds: float):
-    """Fail, instead of hanging, when the block takes longer than `seconds`."""
-
-    def stop(number, frame):
-        pytest.fail(f"took longer than {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def problems_of(path: Path, overrides: list[str] | None = None, seconds: float = 10) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import subprocess
 import time
@@ -101,9 +102,9 @@ def test_kill_at_random_times(reference: Path, tmp_path: Path, seed: int) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1000, 1040))
+@pytest.mark.parametrize("seed", range(1000, 1125))
 def test_kill_at_random_times_many(reference: Path, tmp_path: Path, seed: int) -> None:
-    """K1 by night: 320 kills, eight a run; `-s` prints how many fell."""
+    """K1 by night: 1,000 kills, eight a run; `-s` prints how many fell."""
     write_tiny(tmp_path)
     seconds = float((reference / "seconds").read_text())
     hits, trial = 0, 0
@@ -116,6 +117,49 @@ def test_kill_at_random_times_many(reference: Path, tmp_path: Path, seed: int) -
         assert_same_end(run, reference)
         trial += 1
     print(f"seed {seed}: {hits} kills, {trial} runs, 0 lost")
+
+
+def _handles_threads_memory(process: subprocess.Popen[str]) -> tuple[int, int, float]:
+    """Open files, threads and resident MB of a process, from Linux's /proc."""
+    root = Path(f"/proc/{process.pid}")
+    resident = int(root.joinpath("statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return (
+        len(list(root.joinpath("fd").iterdir())),
+        len(list(root.joinpath("task").iterdir())),
+        (resident / 1e6),
+    )
+
+
+@pytest.mark.slow
+def test_soak_with_ten_kills(tmp_path: Path) -> None:
+    """P1: 5,000 steps; nothing grows in a run, and ten kills on the way change no bit."""
+    words = ("--train_steps", "5000", "training.save_steps=100", "training.eval_steps=250")
+    quiet, killed = tmp_path / "quiet", tmp_path / "killed"
+    write_tiny(quiet)
+    process = subprocess.Popen(
+        command("train.py", *words), cwd=quiet, env=environment(), text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    seen = {}
+    for line in process.stdout:
+        found = re.search(r"step +(\d+)/5000  loss", line)
+        if found and int(found[1]) % 500 == 50:
+            seen[int(found[1])] = _handles_threads_memory(process)
+    assert process.wait() == 0
+    assert len(seen) == 10
+    first, last = seen[550], seen[4550]
+    assert last[:2] == first[:2], seen
+    assert last[2] < 1.05 * first[2] + 10, seen
+    write_tiny(killed)
+    generator = random.Random(7)
+    for _ in range(10):
+        visit = generator.randrange(400, 1300)  # two micro-batches a step
+        assert train(killed, *words, *RESUME, FAULT=f"step.forward:kill:{visit}").returncode == -9
+    result = train(killed, *words, *RESUME)
+    assert result.returncode == 0, result.stdout
+    assert digest(killed, 5000) == digest(quiet, 5000)
+    assert losses(killed) == losses(quiet)
+    print(f"steps: (open files, threads, MB): {seen}")
 
 
 # --- faults at named points ----------------------------------------------------------------------

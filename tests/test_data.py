@@ -1,7 +1,6 @@
 """From text to batches: input checks, conservation, the cache, epochs (I1, I2, E4)."""
 
 import bz2
-import contextlib
 import dataclasses
 import gzip
 import io
@@ -21,14 +20,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import ROOT, SHARED, in_child, limit
 from tokenizers import Tokenizer, processors
 
 import data
 from config import Config, derive_seed
 from data import SEPARATOR, InputError, TokenDataset, validation_batches
 
-ROOT = Path(__file__).parents[1]
-SHARED = ROOT.parent / "shared" / "data"
 GPT2, SHAKESPEARE = SHARED / "gpt2-tokenizer.json", SHARED / "tinyshakespeare.txt"
 MB = 1 << 20
 needs_shared = pytest.mark.skipif(
@@ -37,22 +35,6 @@ needs_shared = pytest.mark.skipif(
 )
 
 # --- helpers -------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def limit(seconds: float):
-    """Fail, instead of hanging, when the block takes longer than `seconds`."""
-
-    def stop(number, frame):
-        pytest.fail(f"took longer than {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(scope="module")
@@ -126,27 +108,6 @@ def reference_tokens(text: str, tokenizer: Tokenizer, end: str = SEPARATOR) -> l
             result.append(tokenizer.token_to_id(end))
         else:
             result += tokenizer.encode(document, add_special_tokens=False).ids
-    return result
-
-
-def as_nobody(function: Callable[[], str]) -> str:
-    """What `function` returns in a process that mode bits apply to."""
-    if os.geteuid() != 0:
-        return function()
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            os.setgid(65534)
-            os.setuid(65534)
-            os.write(write, function().encode())
-        except BaseException as error:
-            os.write(write, f"child: {error!r}".encode())
-        os._exit(0)
-    os.close(write)
-    with open(read, "rb") as pipe:
-        result = pipe.read().decode()
-    os.waitpid(child, 0)
     return result
 
 
@@ -282,7 +243,9 @@ def test_unreadable_text_is_refused():
             except InputError as error:
                 return str(error)
 
-        assert as_nobody(attempt).startswith(f"{path}: Permission denied; name a text file")
+        assert in_child(attempt, nobody=True).startswith(
+            f"{path}: Permission denied; name a text file"
+        )
     finally:
         shutil.rmtree(directory)
 
@@ -894,3 +857,32 @@ def test_derived_seeds_are_pure_and_distinct():
     assert all(0 <= seed < 2**63 for seed in seeds)
     digest = sha256(b"42/7/sample").digest()
     assert derive_seed(42, 7, "sample") == int.from_bytes(digest[:8], "big") // 2
+
+
+@pytest.mark.slow
+def test_a_gigabyte_of_text_needs_little_memory(tmp_path: Path) -> None:
+    """I3: 1 GB of text, tokenized below 1.5 GB of memory, without a byte lost."""
+    body = (ROOT / "input.txt").read_bytes().rstrip(b"\n") + f"\n{SEPARATOR}\n".encode()
+    with open(tmp_path / "text.txt", "wb") as file:
+        for _ in range(-(-1_000_000_000 // len(body))):
+            file.write(body)
+    code = """
+import json, resource, sys
+from pathlib import Path
+import config, data
+corpus = data.prepare(config.load(Path("run.yaml")), Path("text.txt"), log=print)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
+print(json.dumps([peak, children, len(corpus.train) + len(corpus.validation)]))
+"""
+    settings = {"model": {"vocab_size": 4096}, "tokenizer": {"source": "train"}}
+    (tmp_path / "run.yaml").write_text(json.dumps(settings))
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=1800,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    peak, children, tokens = json.loads(done.stdout.splitlines()[-1])
+    print(f"peak {peak:.2f} GB, of a child {children:.2f} GB, {tokens:,} tokens")
+    assert peak + children < 1.5
+    assert tokens > 1_000_000_000 / 10  # a token of this vocabulary is shorter than 10 bytes

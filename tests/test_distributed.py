@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, call, command, events, losses, step_directory, train, write_tiny
+from helpers import call, command, events, losses, step_directory, train, write_tiny
 
 import files
 
@@ -92,14 +91,6 @@ def test_a_signal_to_two_processes(reference: Path, tmp_path: Path) -> None:
     assert code.read_text() == "143"
     assert train(tmp_path, "--train_steps", "20", *SETTINGS, "--resume", "auto").returncode == 0
     assert losses(tmp_path) == pytest.approx(losses(reference), abs=1e-4)
-
-
-def test_a_rank_ends_without_the_interpreters_teardown() -> None:
-    """Threads of gloo may outlive its group and abort a rank that is torn down: it leaves first."""
-    code = "import atexit, os, doors; atexit.register(os.abort); print('done'); doors.leave(3)"
-    rank = call(ROOT, [sys.executable, "-c", code], RANK="1")
-    assert (rank.returncode, rank.stdout) == (3, "done\n")
-    assert call(ROOT, [sys.executable, "-c", code]).returncode == -signal.SIGABRT
 
 
 def test_a_signal_during_start_up_keeps_its_exit_code(tmp_path: Path) -> None:

@@ -196,6 +196,43 @@ def test_deterministic_run_with_dropout_resumes_bitwise(tmp_path: Path) -> None:
     assert digest(tmp_path) == digest(tmp_path, run="whole")
 
 
+CLOCK = """
+import itertools, time
+_true, _calls = time.time, itertools.count()
+time.time = lambda: _true() + (lambda n: {jump})(next(_calls))
+"""
+DAY = 86_400
+
+
+@pytest.mark.parametrize(
+    "jump",
+    [
+        f"-{DAY} if n > 20 else 0",  # set back while the run goes on
+        f"{DAY} if n > 20 else 0",
+        "-3600 if n > 20 else 0",  # the end of daylight saving, where a machine keeps local time
+        "3600 if n > 20 else 0",
+        f"-{20 * 365 * DAY}",  # a machine without a battery, long before the checkpoints' time
+        f"{20 * 365 * DAY}",
+        f"{DAY} * (-1) ** n",  # back and forth at every look
+        "-0.5 * n",  # runs backwards
+    ],
+)
+def test_the_clock_does_not_matter(reference: Path, tmp_path: Path, jump: str) -> None:
+    """T1: a wall clock that jumps: throughput stays positive, retention and results as ever."""
+    _copy_of(reference, tmp_path, 5)
+    (tmp_path / "sitecustomize.py").write_text(CLOCK.format(jump=jump))
+    words = ("--resume", "auto", "training.save_steps=1", "checkpoint.keep_last=2")
+    result = train(tmp_path, *words, PYTHONPATH=str(tmp_path))
+    assert result.returncode == 0, result.stdout
+    assert digest(tmp_path) == digest(reference)
+    new = [event for event in events(tmp_path, "train") if event["step"] > 5]
+    assert len(new) == 7 and all(event["tokens_per_second"] > 0 for event in new)
+    kept = {path.name for path in (tmp_path / "run/checkpoints").glob("step_*")}
+    assert kept >= {"step_000011", "step_000012"} and "step_000010" not in kept
+    state = json.loads((step_directory(tmp_path, 12) / "trainer_state.json").read_text())
+    assert 0 < state["elapsed_seconds"] < 600
+
+
 def test_golden_losses(tmp_path: Path) -> None:
     """E6: the losses of 100 fp32 steps, pinned: a refactoring must not change them.
 

@@ -6,6 +6,7 @@ import os
 import pty
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -213,3 +214,12 @@ def test_the_terminal_goes_away(reference: Path, tmp_path: Path) -> None:
     assert step_directory(tmp_path, 5).is_dir() or step_directory(tmp_path, 6).is_dir()
     _assert_unlocked(tmp_path)
     _finish_train_sh(tmp_path, reference)
+
+
+def test_a_door_leaves_without_exit_handlers() -> None:
+    """W&B's may wait for ever, gloo's threads may abort what is torn down: the code is kept."""
+    for end, code in (("doors.leave(3)", 3), ("raise SystemExit(3)", -signal.SIGABRT)):
+        program = f"import atexit, os, doors; atexit.register(os.abort); print('done'); {end}"
+        door = call(ROOT, [sys.executable, "-c", program])
+        assert door.returncode == code
+    assert call(ROOT, [sys.executable, "-c", "import doors; print('said'); doors.leave(0)"]).stdout

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import re
+import signal
 import socket
 import struct
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -12,7 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from helpers import digest, losses, train, write_tiny
+from helpers import command, digest, environment, losses, train, write_tiny
 
 import wandb_run
 from config import WandbConfig
@@ -199,6 +204,69 @@ class _Fails(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
+class _Dies(BaseHTTPRequestHandler):
+    """Takes a run in as W&B's server does, and is gone from its first metrics on."""
+
+    protocol_version = "HTTP/1.1"
+    metrics = threading.Event()
+    bucket = {
+        "id": "r", "name": "n", "displayName": "d", "config": "{}", "historyLineCount": 0,
+        "project": {"id": "p", "name": "smollm2-training", "entity": {"id": "e", "name": "e"}},
+    }  # fmt: skip
+    answer = {
+        "viewer": {"id": "v", "entity": "e", "username": "u", "flags": "{}"},
+        "serverInfo": {"features": []},
+        "upsertBucket": {"bucket": bucket, "inserted": True},
+        "model": {"bucket": None},
+        "createRunFiles": {"runID": "r", "uploadHeaders": [], "files": []},
+    }
+
+    def do_POST(self) -> None:
+        """Answer every question with all that is known."""
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if "file_stream" in self.path:
+            self.metrics.set()
+            self.close_connection = True
+            return
+        document = json.dumps({"data": self.answer}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(document)))
+        self.end_headers()
+        self.wfile.write(document)
+
+    def log_message(self, *arguments: object) -> None:
+        """Say nothing."""
+
+
+@pytest.mark.parametrize("returns", [False, True])
+def test_a_server_that_dies_half_way(reference: Path, tmp_path: Path, returns: bool) -> None:
+    """W2: W&B works at first; its server is killed in mid-run, and perhaps comes back."""
+    died = threading.Event()
+    handler = type("Handler", (_Dies,), {"metrics": threading.Event()})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.handle_error = lambda request, address: None  # connections break: that is the point
+
+    def die() -> None:
+        handler.metrics.wait(60)
+        server.shutdown()
+        server.server_close()
+        died.set()
+        if returns:
+            time.sleep(2)
+            again = ThreadingHTTPServer(server.server_address, handler)
+            threading.Thread(target=again.serve_forever, daemon=True).start()
+
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=die, daemon=True).start()
+    output = _train_and_compare(
+        reference, tmp_path, 75, HOME=str(tmp_path), WANDB_API_KEY=KEY,
+        WANDB_BASE_URL=f"http://127.0.0.1:{server.server_address[1]}",
+        FAULT="evaluate:sleep:2",
+    )  # fmt: skip
+    assert died.is_set(), output
+    assert "Tracking run" in output
+
+
 @pytest.mark.parametrize("server", ["refuses", "hangs", "answers 500"])
 def test_a_server_that_does_not_work(reference: Path, tmp_path: Path, server: str) -> None:
     """W2: losses bitwise those without W&B, finished within 60 s of the training's end."""
@@ -219,6 +287,44 @@ def test_a_server_that_does_not_work(reference: Path, tmp_path: Path, server: st
     assert "the run goes on without it" in output
     if listener:
         listener.shutdown()
+
+
+def _services(process: subprocess.Popen[str]) -> list[int]:
+    """W&B's own processes below a run's process, from Linux's /proc."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            name, parent = re.fullmatch(
+                r"\d+ \((.*)\) \S (\d+) .*", status.read_text(), re.S
+            ).groups()
+            if parent == str(process.pid) and "wandb" in name:
+                found.append(int(status.parent.name))
+    return found
+
+
+def test_the_service_is_killed_half_way(reference: Path, tmp_path: Path) -> None:
+    """W2: SIGKILL of W&B's own process in mid-run: the run ends as it would have, and in time."""
+    write_tiny(tmp_path)
+    home = {"HOME": str(tmp_path / "home"), "XDG_CACHE_HOME": str(tmp_path / "home/cache")}
+    process = subprocess.Popen(
+        command("train.py", *SETTINGS, "wandb.mode=offline"), cwd=tmp_path, text=True,
+        env=environment(PYTHONUNBUFFERED="1", FAULT="evaluate:sleep:2", **home),
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    output, services = "", []
+    for line in process.stdout:
+        output += line
+        if "Run data is saved" in line:  # W&B is up, while the run sleeps in its second evaluation
+            services = _services(process)
+            for service in services:
+                os.kill(service, signal.SIGKILL)
+            began = time.monotonic()
+    assert process.wait() == 0, output
+    assert services, "W&B's process was not found"
+    assert time.monotonic() - began < 60
+    assert "Traceback" not in output
+    assert losses(tmp_path) == losses(reference)
+    assert digest(tmp_path) == digest(reference)
 
 
 def test_five_resumes_from_earlier_steps_are_one_run(tmp_path: Path) -> None:
