@@ -389,7 +389,7 @@ def _hold(root: Path) -> Iterator[None]:
                 "can be written"
             ) from error
         if left:
-            doors.warn(f"{root}: removed what an interrupted save left: {', '.join(left)}")
+            doors.warn(f"{root}: after an interrupted save: {', '.join(left)}")
         yield
 
 

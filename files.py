@@ -214,19 +214,21 @@ def problem(directory: Path) -> str | None:
 
 
 def sweep(parent: Path) -> list[str]:
-    """Remove the temporary entries that dead writers left in `parent`; returns their names."""
-    names = []
+    """Remove the temporary entries that dead writers left in `parent`; says what was done."""
+    done = []
     if parent.is_dir():
         for path in sorted(parent.glob(TEMPORARY + "*")):
             final = parent / path.name.removeprefix(REPLACED).rpartition("-")[0]
             if path.name.startswith(REPLACED) and not os.path.lexists(final):
                 os.rename(path, final)  # died between the two renames: the old one is still good
-            elif path.is_dir() and not path.is_symlink():
+                done.append(f"{final.name} brought back")
+                continue
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink()
-            names.append(path.name)
-    return names
+            done.append(f"{path.name} removed")
+    return done
 
 
 def is_transient(error: OSError) -> bool:

@@ -492,7 +492,7 @@ def environment(config: Config, arguments: argparse.Namespace) -> Result:
     return {
         "device": hardware.name(device),
         "cores": os.cpu_count(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "versions": versions,
         "precision": str(dtype).removeprefix("torch."),
         "attention": attention,

@@ -944,9 +944,12 @@ def test_left_overs_are_swept_and_reported(root, capsys):
         (root / name / "part").write_text("x")
     (root / ".tmp-link-latest-999").symlink_to("step_000030")
     (root / ".keep").write_text("mine")
+    (root / "step_000010").rename(root / ".tmp-replaced-step_000010-999")
     with checkpoint.lock(root):
         error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "step_000030-999" in error and "latest-999" in error
+    assert error.count("\n") == 1 and "step_000010 brought back" in error
+    for name in ("step_000030-999", "step_000005-999", "latest-999"):
+        assert f"{name} removed" in error
     assert {".keep", ".lock", "latest", "step_000010", "step_000020"} == set(os.listdir(root))
 
 
