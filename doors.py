@@ -13,11 +13,14 @@ import contextlib
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from types import FrameType
 
 from config import UserError
+
+RANK_0_SECONDS = 10.0  # that the other ranks leave rank 0 to report an error
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -46,14 +49,14 @@ def is_main_process() -> bool:
 
 
 def say(line: str) -> None:
-    """A line on stdout, once for a whole torchrun; a reader that went away is no error."""
+    """A line on stdout, once for a whole torchrun; a console that went away is no error."""
     if is_main_process():
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(OSError):
             print(line, flush=True)
 
 
 def warn(line: str) -> None:
-    """A line on stderr, once for a whole torchrun; a reader that went away is no error."""
+    """A line on stderr, once for a whole torchrun; a console that went away is no error."""
     if is_main_process():
         with contextlib.suppress(OSError):
             print(line, file=sys.stderr, flush=True)
@@ -84,10 +87,21 @@ def run(main: Callable[[], int]) -> None:
 
 
 def _report(line: str) -> None:
-    """Print an error on stderr, once for a whole torchrun."""
+    """Print an error on stderr, once for a whole torchrun.
+
+    Ranks usually meet the same error, and torchrun ends all when the first of them leaves. So the
+    others give rank 0 time to say it, and speak for themselves if they are still there after that.
+    """
     if os.environ.get("DEBUG") == "1":
         traceback.print_exc()
-    warn(line)
+    if is_main_process():
+        warn(line)
+        return
+    for number in StopSignals.NUMBERS:
+        signal.signal(number, signal.SIG_DFL)
+    time.sleep(RANK_0_SECONDS)
+    with contextlib.suppress(OSError):
+        print(f"rank {os.environ['RANK']}: {line}", file=sys.stderr, flush=True)
 
 
 def leave(code: int) -> None:

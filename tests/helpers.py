@@ -73,6 +73,16 @@ def command(script: str, *arguments: str, run: str = "run") -> list[str]:
     ]  # fmt: skip
 
 
+def default_signals() -> None:
+    """To be run in a child before its command: signals as a terminal gives them.
+
+    A suite that was started in the background ignores SIGINT, one under nohup SIGHUP, and so would
+    everything that it starts.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def call(
     directory: Path, words: list[str], timeout: float = 120, **extra: str
 ) -> subprocess.CompletedProcess[str]:
@@ -80,6 +90,7 @@ def call(
     return subprocess.run(
         words, cwd=directory, env=environment(**extra), timeout=timeout, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+        preexec_fn=default_signals,
     )  # fmt: skip
 
 

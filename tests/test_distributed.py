@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from helpers import call, command, events, losses, step_directory, train, write_tiny
+from helpers import (
+    ROOT,
+    call,
+    command,
+    environment,
+    events,
+    losses,
+    step_directory,
+    train,
+    write_tiny,
+)
 
 import files
 
@@ -100,6 +112,34 @@ def test_a_signal_during_start_up_keeps_its_exit_code(tmp_path: Path) -> None:
     stopped = torchrun(tmp_path, 2, FAULT="cache.batch:term:1", EXIT_CODE_FILE=str(code))
     assert stopped.returncode != 0
     assert code.read_text() == "143"
+
+
+FAILS = """
+import sys, doors
+from config import ConfigError
+doors.RANK_0_SECONDS = float(sys.argv[1])
+def main():
+    print("started", flush=True)
+    raise ConfigError(["it is wrong"])
+doors.run(main)
+"""
+
+
+def test_rank_0_reports_and_the_others_wait_for_it() -> None:
+    """torchrun ends all ranks when one leaves: the one that prints must not come second."""
+    main = call(ROOT, [sys.executable, "-c", FAILS, "60"], RANK="0")
+    assert (main.returncode, main.stdout.count("it is wrong")) == (2, 1)
+    waiting = subprocess.Popen(
+        [sys.executable, "-c", FAILS, "60"], cwd=ROOT, env=environment(RANK="1"), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert waiting.stdout.readline() == "started\n"
+    with pytest.raises(subprocess.TimeoutExpired):
+        waiting.wait(1)
+    waiting.terminate()  # as torchrun does when rank 0 has left
+    assert waiting.wait(5) == -signal.SIGTERM and waiting.stdout.read() == ""
+    alone = call(ROOT, [sys.executable, "-c", FAILS, "0.1"], RANK="3")
+    assert alone.returncode == 2 and "rank 3: error: " in alone.stdout
 
 
 def test_an_error_is_said_once(tmp_path: Path) -> None:

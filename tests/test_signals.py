@@ -15,6 +15,7 @@ from helpers import (
     ROOT,
     call,
     command,
+    default_signals,
     digest,
     environment,
     left_overs,
@@ -89,9 +90,7 @@ def _start(directory: Path, words: list[str], **extra: str) -> subprocess.Popen[
     return subprocess.Popen(
         words, cwd=directory, env=environment(PYTHONUNBUFFERED="1", NO_INSTALL="1", **extra),
         text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        start_new_session=True,
-        # A suite that was started in the background ignores SIGINT, and so would train.sh.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        start_new_session=True, preexec_fn=default_signals,
     )  # fmt: skip
 
 
@@ -197,23 +196,36 @@ def test_the_reader_of_the_output_goes_away(reference: Path, tmp_path: Path) -> 
     assert "console went away" in log and "phase 1 complete" in log
 
 
-def test_the_terminal_goes_away(reference: Path, tmp_path: Path) -> None:
-    """S3: the terminal is closed: SIGHUP reaches Python, which saves; train.sh ends with 129."""
-    write_tiny(tmp_path)
+def _lose_the_terminal(directory: Path, hangup: signal.Handlers, fault: str) -> int:
+    """./train.sh in a terminal that is closed in mid-run; returns its exit code."""
     pid, terminal = pty.fork()
     if pid == 0:
-        os.chdir(tmp_path)
-        words = _train_sh(tmp_path, *SETTINGS)
-        os.execve(words[0], words, environment(NO_INSTALL="1", FAULT="step.forward:sleep:12"))
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, hangup)
+        os.chdir(directory)
+        words = _train_sh(directory, *SETTINGS)
+        os.execve(words[0], words, environment(NO_INSTALL="1", FAULT=fault))
     seen = b""
     while b"val_loss" not in seen or b"5/12" not in seen:
         seen += os.read(terminal, 4096)
     os.close(terminal)
-    _, status = os.waitpid(pid, 0)
-    assert os.waitstatus_to_exitcode(status) == 129
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_the_terminal_goes_away(reference: Path, tmp_path: Path) -> None:
+    """S3: the terminal is closed: SIGHUP reaches Python, which saves; train.sh ends with 129."""
+    write_tiny(tmp_path)
+    assert _lose_the_terminal(tmp_path, signal.SIG_DFL, "step.forward:sleep:12") == 129
     assert step_directory(tmp_path, 5).is_dir() or step_directory(tmp_path, 6).is_dir()
     _assert_unlocked(tmp_path)
     _finish_train_sh(tmp_path, reference)
+
+
+def test_the_terminal_goes_away_and_nobody_minds(reference: Path, tmp_path: Path) -> None:
+    """S3: started to survive it (nohup, disown): both phases end, though no line can be printed."""
+    write_tiny(tmp_path)
+    assert _lose_the_terminal(tmp_path, signal.SIG_IGN, "step.forward:sleep:12") == 0
+    assert digest(tmp_path, 16) == digest(reference, 16)
 
 
 def test_a_door_leaves_without_exit_handlers() -> None:
