@@ -416,10 +416,11 @@ def _run(run: Run, logger: logging.Logger) -> int:
             if run.writer.written != run.progress.step:
                 save(run)
         run.writer.wait(final=True)
-    except UserError as error:
-        run.tracker.log(f"error: {error}")
-        run.writer.wait()
-        run.tracker.close({}, job.phase)
+    except BaseException as error:
+        run.writer.wait()  # `doors.leave` waits for no thread, and this checkpoint may be the last
+        if isinstance(error, UserError):
+            run.tracker.log(f"error: {error}")
+            run.tracker.close({}, job.phase)
         raise
     return _finish(run, complete)
 
