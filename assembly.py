@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,6 +29,7 @@ import files
 import hardware
 import model as models
 import optimization
+import sampling
 import training_state
 import wandb_run
 from config import Config, UserError
@@ -91,6 +94,7 @@ class Run:
     stall_seconds: float = 0.0
     started: float = field(default_factory=time.monotonic)
     earlier_seconds: float = 0.0  # of the run before this process
+    same_phase: bool = True  # whether the checkpoint resumed from is of this phase
 
     @property
     def training(self) -> configuration.TrainingConfig:
@@ -114,10 +118,29 @@ def _check_fingerprint(config: Config, corpus: data.Corpus, saved: checkpoint.Ch
         )
 
 
+def _check_architecture(old: Config, new: Config, saved: checkpoint.Checkpoint) -> None:
+    """Refuse to go on with weights in another function, which their shapes would not show."""
+    for key in ("num_attention_heads", "rope_theta", "layer_norm_epsilon"):
+        before, now = getattr(old.model, key), getattr(new.model, key)
+        if before != now:
+            raise checkpoint.CheckpointError(
+                f"the checkpoint of step {saved.step} has model.{key} {before}, and the "
+                f"configuration {now}: that is another model; set model.{key}={before}"
+            )
+
+
 def _make_deterministic() -> None:
     """Same numbers every time, on one GPU model and PyTorch version, at some cost in speed."""
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
+
+
+def _compile(config: Config, model: models.CausalLM, device: torch.device, fullgraph: bool) -> None:
+    """Compile the model as `training.compile` asks; the loss is inside, so logits never leave."""
+    wanted = config.training.compile
+    if wanted in ("true", "max") or (wanted == "auto" and device.type == "cuda"):
+        options = {"coordinate_descent_tuning": True} if wanted == "max" else None
+        model.compile(dynamic=False, fullgraph=fullgraph, options=options)
 
 
 def share(
@@ -130,11 +153,7 @@ def share(
         shares its gradients (it need not before the last micro-batch of a step).
     """
     sharded = distributed.world_size() > 1 and config.training.parallel == "fsdp"
-    wanted = config.training.compile
-    if wanted in ("true", "max") or (wanted == "auto" and device.type == "cuda"):
-        options = {"coordinate_descent_tuning": True} if wanted == "max" else None
-        # The loss is inside, so logits never leave the graph. FSDP's hooks break the graph.
-        model.compile(dynamic=False, fullgraph=not sharded, options=options)
+    _compile(config, model, device, fullgraph=not sharded)  # FSDP's hooks break the graph
     if distributed.world_size() == 1:
         return model, lambda sync: contextlib.nullcontext()
     if sharded:
@@ -166,14 +185,18 @@ def _corpus(
     corpus = None
     if distributed.is_main():
         corpus = data.prepare(job.config, job.input_file, tokenizer_json, log)
-    distributed.barrier()
+    distributed.wait_for_main()
     if corpus is None:
         corpus = data.prepare(job.config, job.input_file, tokenizer_json, lambda line: None)
     if saved:
         _check_fingerprint(job.config, corpus, saved)
         old = configuration.from_dict(saved.trainer_state["config"])
+        _check_architecture(old, job.config, saved)
         for line in configuration.differences(old, job.config):
             log(f"changed since the checkpoint: {line}")
+    # A prompt that leaves no room would end the run at the first sample.
+    settings = job.config.generation
+    sampling.encode(corpus.tokenizer, settings.prompts[: settings.num_samples], settings)
     return corpus
 
 
@@ -219,6 +242,7 @@ def set_up(job: Job, log: Callable[[str], None], corpus: data.Corpus | None = No
         corpus=corpus, dataset=dataset, model=model,
         compute_loss=compute_loss, stepper=None, progress=progress, tracker=None, run_id=run_id,
         earlier_seconds=progress.elapsed_seconds,
+        same_phase=not saved or saved.trainer_state["phase"] == job.phase,
     )  # fmt: skip
     run.stepper = optimization.Stepper(
         config, model, compute_loss, optimizer, micro_batch, set_sync, run.interrupted
@@ -239,8 +263,9 @@ def _progress_of(
     id_file = job.save_dir / "wandb_run_id"
     if saved is None:
         # A run that died before its first checkpoint left its id in save_dir.
-        known = id_file.read_text("utf-8").strip() if id_file.is_file() else ""
-        return Progress(), distributed.from_main(known or wandb_run.new_run_id())
+        known = id_file.read_text("utf-8", "replace").strip() if id_file.is_file() else ""
+        usable = known if re.fullmatch("[0-9A-Za-z_-]{1,64}", known) else wandb_run.new_run_id()
+        return Progress(), distributed.from_main(usable)
     training_state.load_optimizer(model, optimizer, saved)
     state = saved.trainer_state
     names = [f.name for f in dataclasses.fields(Progress) if f.name in state]
@@ -321,19 +346,20 @@ def to_device(run: Run, array: np.ndarray) -> Tensor:
 def fit_memory(run: Run) -> None:
     """Make the step fit: selective checkpointing, then full, then half micro-batches.
 
-    Tries one micro-batch, forward and backward, with gradients unshared so that no process waits
-    for another that ran out. The global batch and the gradients stay the same.
+    Tries one micro-batch, forward and backward, on each process alone, so that none waits for
+    another that ran out. The global batch and the gradients stay the same.
 
     Raises:
         OutOfMemoryError: one sequence with full checkpointing does not fit.
     """
     share = run.config.sequences_per_step // distributed.world_size()
     changes: list[str] = []
-    while not _fits(run):
-        transformer, stepper = run.model.model, run.stepper
+    subject, compute_loss = _probe_subject(run)
+    transformer, stepper = run.model.model, run.stepper
+    while not _fits(run, subject, compute_loss):
         if transformer.gradient_checkpointing != "full":
             now = "selective" if transformer.gradient_checkpointing == "none" else "full"
-            transformer.gradient_checkpointing = now
+            transformer.gradient_checkpointing = subject.model.gradient_checkpointing = now
         else:
             half = stepper.micro_batch // 2
             smaller = [size for size in range(1, half + 1) if share % size == 0]
@@ -343,12 +369,11 @@ def fit_memory(run: Run) -> None:
                     "shorter data.sequence_length or a smaller model"
                 )
             stepper.micro_batch = smaller[-1]
-        world = distributed.world_size()
-        batch = stepper.micro_batch * world
-        changes = [
+        accumulation = run.config.sequences_per_step // stepper.micro_batch
+        changes = [  # several processes share the accumulation out: see optimization.split_batch
             f"training.gradient_checkpointing={transformer.gradient_checkpointing}",
-            f"training.batch_size={batch}",
-            f"training.gradient_accumulation_steps={run.config.sequences_per_step // batch}",
+            f"training.batch_size={stepper.micro_batch}",
+            f"training.gradient_accumulation_steps={accumulation}",
         ]
         run.tracker.log(
             f"out of memory: trying micro-batches of {stepper.micro_batch} with "
@@ -358,7 +383,26 @@ def fit_memory(run: Run) -> None:
         run.tracker.log(f"it fits; to make that permanent: {' '.join(changes)}")
 
 
-def _fits(run: Run) -> bool:
+def _probe_subject(run: Run) -> tuple[models.CausalLM, Callable[..., Tensor]]:
+    """The model to try and its loss; where it is sharded, a whole one of the same shape instead.
+
+    FSDP keeps gradients that were not shared, and a backward pass that failed leaves its
+    parameters unusable. A whole model takes more memory than a sharded one, so what it says holds.
+    """
+    if not distributed.is_sharded(next(run.model.parameters())):
+        return run.model, run.compute_loss
+    attention, _ = models.choose_attention(
+        run.config.model.attention, run.device, run.dtype, run.training.deterministic
+    )
+    twin = models.CausalLM(run.config.model, run.dtype, attention)
+    models.initialize(twin, torch.Generator().manual_seed(0))
+    twin = twin.to(run.device).train()
+    twin.model.gradient_checkpointing = run.training.gradient_checkpointing
+    _compile(run.config, twin, run.device, fullgraph=True)
+    return twin, twin
+
+
+def _fits(run: Run, subject: models.CausalLM, compute_loss: Callable[..., Tensor]) -> bool:
     """Whether one micro-batch goes through forward and backward on every process."""
     micro = run.stepper.micro_batch
     batch = run.dataset.batch(1, distributed.rank(), distributed.world_size())
@@ -367,10 +411,15 @@ def _fits(run: Run) -> bool:
     try:
         faults.point("probe")
         with run.stepper.set_sync(False):
-            run.compute_loss(input_ids, labels).backward()
+            compute_loss(input_ids, labels).backward()
     except torch.OutOfMemoryError:
         failed += 1
-    run.stepper.optimizer.zero_grad(set_to_none=True)
+    subject.zero_grad(set_to_none=True)
+    fits = distributed.all_reduce_max(failed).item() == 0
+    if not fits:
+        gc.collect()  # a pass that failed half-way leaves tensors in cycles
+        torch.compiler.reset()  # each attempt is a graph of its own, and eight are the limit
     if run.device.type == "cuda":
         torch.cuda.empty_cache()
-    return distributed.all_reduce_max(failed).item() == 0
+        torch.cuda.reset_peak_memory_stats()
+    return fits

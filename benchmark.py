@@ -249,10 +249,11 @@ def _words(known: tuple[str, ...]) -> Callable[[str], list[str]]:
     return parse
 
 
-def _parse_arguments() -> argparse.Namespace:
+def _parser() -> doors.ArgumentParser:
     parser = doors.ArgumentParser(description=__doc__)
     number, peers, parts = doors.positive_integer, _words((*PEERS, "none")), _words(MEASUREMENTS)
-    parser.add_argument("--config", default="config.yaml", help="YAML file (config.yaml)")
+    default = Path("config.yaml")
+    parser.add_argument("--config", type=doors.path, default=default, help="YAML file")
     parser.add_argument("--input_file", type=Path, default=Path("input.txt"), help="to tokenize")
     parser.add_argument("--steps", type=number, default=20, help="timed steps a round (20)")
     parser.add_argument("--warmup", type=number, default=3, help="steps before these (3)")
@@ -269,7 +270,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--worker", choices=WORKERS, help=argparse.SUPPRESS)
     parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
-    return parser.parse_intermixed_args()
+    return parser
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -291,8 +292,7 @@ def _check(arguments: argparse.Namespace) -> None:
 def main() -> int:
     """The door; with --worker, one measurement in this process."""
     doors.StopSignals().install()
-    arguments = _parse_arguments()
-    config = train.load_config(arguments)
+    arguments, config = train.parse(_parser())
     if arguments.worker:
         answer = WORKERS[arguments.worker](config, arguments)
         (arguments.scratch / "answer.json").write_text(json.dumps(answer), encoding="utf-8")

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import doors
 import faults
 import files
-from config import CheckpointConfig, UserError
+from config import CheckpointConfig, UserError, sections
 
 if TYPE_CHECKING:  # the doors and the lock must answer before torch is imported
     from torch import Tensor
@@ -158,8 +158,8 @@ class Writer:
 
     `save` returns once the tensors are copied to host memory; writing, hashing and fsync go on in
     a thread. There is at most one write under way: a second `save` waits for the first. `wait`
-    ends the last write. An error is logged and the run goes on: the next save tries again; only
-    `wait(final=True)` raises it.
+    ends the last write. An error of the disk is logged and the run goes on: the next save tries
+    again; only `wait(final=True)` raises it. Any other error is a bug, and every `wait` raises it.
     """
 
     def __init__(
@@ -171,7 +171,8 @@ class Writer:
     ) -> None:
         self.root, self.keep, self.log, self.on_saved = root, keep, log, on_saved
         self.thread: threading.Thread | None = None
-        self.error: BaseException | None = None
+        self.error: OSError | UserError | None = None
+        self.bug: BaseException | None = None
         self.written: int | None = None  # the newest step that is on the disk
 
     def save(self, checkpoint: Checkpoint) -> None:
@@ -190,6 +191,9 @@ class Writer:
         if self.thread is not None:
             self.thread.join()
             self.thread = None
+        if self.bug is not None:
+            bug, self.bug = self.bug, None
+            raise bug
         if final and self.error is not None:
             raise CheckpointError(f"the last checkpoint could not be written: {self.error}")
 
@@ -210,9 +214,9 @@ class Writer:
                 self.log(f"checkpoint of step {checkpoint.step}: {error}; trying again")
                 time.sleep(2 ** (attempt - 1))
                 self.error = None
-            except BaseException as error:  # a bug: let the training loop's last wait report it
-                self.error = error
-                raise
+            except BaseException as error:  # for the training loop, which can end the run
+                self.bug = error
+                return
 
 
 # --- retention -----------------------------------------------------------------------------------
@@ -236,6 +240,11 @@ def _state(directory: Path) -> dict[str, Any]:
         return state if isinstance(state, dict) else {}
     except (OSError, ValueError, RecursionError):
         return {}
+
+
+def run_id(directory: Path) -> str | None:
+    """The W&B run id of a checkpoint; None where it cannot be read."""
+    return _state(directory).get("wandb_run_id")
 
 
 def _is_finite(loss: Any) -> bool:
@@ -323,6 +332,9 @@ def require_whole(directory: Path) -> None:
         raise CheckpointError(f"{directory}: there is no such checkpoint{_neighbours(directory)}")
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: is not a checkpoint directory")
+    if found := steps(directory):
+        newest = directory_of(directory, found[-1])
+        raise CheckpointError(f"{directory}: holds checkpoints; name one of them, such as {newest}")
     wrong = files.problem(directory)
     if wrong:
         raise CheckpointError(f"{directory}: damaged: {wrong}{_neighbours(directory)}")
@@ -345,13 +357,7 @@ def read(directory: Path) -> Checkpoint:
     from safetensors.torch import load_file
 
     try:
-        state = files.read_json(directory / "trainer_state.json")
-        version = state["format_version"]
-        if version > FORMAT_VERSION:
-            raise CheckpointError(
-                f"{directory}: has format {version}, and this code knows {FORMAT_VERSION}; "
-                "update it"
-            )
+        state = read_state(directory)
         return Checkpoint(
             step=state["step"],
             weights=load_file(directory / "model.safetensors"),
@@ -359,8 +365,39 @@ def read(directory: Path) -> Checkpoint:
             trainer_state=state,
             documents={"tokenizer.json": (directory / "tokenizer.json").read_text("utf-8")},
         )
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{directory}: is not one of our checkpoints: {error!r}") from error
+
+
+def read_state(directory: Path) -> dict[str, Any]:
+    """A checkpoint's trainer_state.json, with the types that a resume needs.
+
+    Raises:
+        CheckpointError: it is not one of ours, of a newer format, or of another step than its
+            directory's name says.
+    """
+    kinds = {
+        "step": int, "tokens": int, "elapsed_seconds": (int, float), "phase": int,
+        "data": dict, "config": dict,
+    }  # fmt: skip
+    try:
+        state = files.read_json(directory / "trainer_state.json")
+        version = state["format_version"]
+        if version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"{directory}: has format {version}, and this code knows {FORMAT_VERSION}; "
+                "update it"
+            )
+        wrong = [key for key, kind in kinds.items() if not isinstance(state[key], kind)]
+        wrong += [key for key in sections() if not isinstance(state["config"].get(key, {}), dict)]
+        if wrong or not 0 <= state["step"] <= 999_999:
+            raise ValueError(f"trainer_state.json: {', '.join(wrong) or 'step'}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{directory}: is not one of our checkpoints: {error!r}") from error
+    name = directory_of(directory.parent, state["step"]).name
+    if _STEP.fullmatch(directory.name) and directory.name != name:
+        raise CheckpointError(f"{directory}: is of step {state['step']}; rename it to {name}")
+    return state
 
 
 def lock(root: Path) -> contextlib.AbstractContextManager[None]:
@@ -369,25 +406,28 @@ def lock(root: Path) -> contextlib.AbstractContextManager[None]:
     Of a torchrun, rank 0 holds it for all.
 
     Raises:
-        CheckpointError: the directory cannot be made or written.
+        CheckpointError: it lies in a checkpoint.
+        files.DirectoryError: it cannot be made or written.
         files.LockedError: another run holds it.
     """
     return _hold(root) if doors.is_main_process() else contextlib.nullcontext()
 
 
+def refuse_nested(root: Path) -> None:
+    """Raise CheckpointError where a save_dir would lie in a checkpoint, and be removed with it."""
+    real = Path(os.path.realpath(root))
+    for place in (real, *real.parents):
+        if all(os.path.exists(place / name) for name in ("trainer_state.json", files.MANIFEST)):
+            raise CheckpointError(
+                f"--save_dir {root}: lies in the checkpoint {place}, and would be removed with it; "
+                f"did you mean {place.parent}?"
+            )
+
+
 @contextlib.contextmanager
 def _hold(root: Path) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(files.lock(root / ".lock"))
-            left = files.sweep(root)
-            files.temporary_directory(root / "probe").rmdir()  # the lock may be there already
-        except OSError as error:
-            raise CheckpointError(
-                f"--save_dir {root}: {error.strerror} ({error.filename}); name a directory that "
-                "can be written"
-            ) from error
+    refuse_nested(root)
+    with files.hold(root, "--save_dir") as left:
         if left:
             doors.warn(f"{root}: after an interrupted save: {', '.join(left)}")
         yield
@@ -432,7 +472,7 @@ def main() -> int:
     """The door: list or verify."""
     parser = doors.ArgumentParser(description=__doc__)
     parser.add_argument("action", choices=("list", "verify"))
-    parser.add_argument("path", type=Path, help="a save_dir; for verify also one checkpoint")
+    parser.add_argument("path", type=doors.path, help="a save_dir; for verify also one checkpoint")
     arguments = parser.parse_args()
     return _list(arguments.path) if arguments.action == "list" else _verify(arguments.path)
 

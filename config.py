@@ -242,6 +242,9 @@ def _expected(field: dataclasses.Field, kind: Any) -> str:
 
 def _parse_scalar(text: str, kind: Any) -> Any:
     """Convert one scalar's text to `kind`; raises ValueError where it is not of that kind."""
+    text.encode()  # UnicodeEncodeError, a ValueError: no log or checkpoint could hold it
+    if "\0" in text:
+        raise ValueError(text)
     if kind == str | None:
         return None if text in _NULLS else text
     if kind is str:

@@ -27,7 +27,15 @@ def find_start(save_dir: Path, start_step: int, last: int) -> Path:
     start = checkpoint.directory_of(save_dir, start_step)
     checkpoint.require_whole(start)
     doors.say(f"phase 1 is complete: {start} is whole (every sha256 agrees)")
-    return checkpoint.newest_whole(save_dir, doors.warn, start_step + 1, last, otherwise=start)
+    newest = checkpoint.newest_whole(save_dir, doors.warn, start_step + 1, last, otherwise=start)
+    if newest != start and checkpoint.read_state(newest)["phase"] == 1:
+        raise ConfigError(
+            [
+                f"--start_step {start_step}: phase 1 went on from there to {newest.name}, which "
+                "would be lost; name its last step, or copy the checkpoint to another --save_dir"
+            ]
+        )
+    return newest
 
 
 def phase_one_schedule(config: Config, directory: Path) -> Config:
@@ -35,8 +43,8 @@ def phase_one_schedule(config: Config, directory: Path) -> Config:
 
     The rate then goes on where it was, also after a phase 1 that was run with --train_steps.
     """
-    state = checkpoint.files.read_json(directory / "trainer_state.json")
-    steps = state["config"]["training"]["train_steps"]
+    saved = configuration.from_dict(checkpoint.read_state(directory)["config"])
+    steps = saved.training.train_steps
     return configuration.replace_training(config, train_steps=steps)
 
 
@@ -45,10 +53,9 @@ def main() -> int:
     stop = doors.StopSignals().install()
     flags = train.parser(__doc__)
     flags.add_argument("--start_step", type=doors.positive_integer, metavar="N")
-    arguments = flags.parse_intermixed_args()
-    config = train.load_config(arguments)
+    arguments, config = train.parse(flags, "continue_steps")
     start_step = arguments.start_step or config.training.train_steps
-    last = start_step + (arguments.train_steps or config.training.continue_steps)
+    last = start_step + config.training.continue_steps
     if last > 999_999:
         raise ConfigError([f"--start_step {start_step}: the last step, {last}, is over 999999"])
     with checkpoint.lock(arguments.save_dir):

@@ -82,6 +82,26 @@ def check_text_file(path: Path) -> None:
             raise InputError(f"{path}: is packed with {name}; unpack it first with {tool}")
 
 
+class Text:
+    """A text file as it was when it was hashed: what is made from it is kept under that hash."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._before = path, self._identity(path)
+        self.bytes = self._before[0]
+        self.sha256 = files.sha256(path)
+
+    @staticmethod
+    def _identity(path: Path) -> tuple[int, int, int]:
+        """What changes when a file is edited or replaced: (bytes, time of change in ns, inode)."""
+        status = path.stat()
+        return status.st_size, status.st_mtime_ns, status.st_ino
+
+    def require_unchanged(self) -> None:
+        """Raise InputError if the file was edited or replaced since."""
+        if self._identity(self.path) != self._before:
+            raise InputError(f"{self.path}: was changed while it was read; start again")
+
+
 def _blocks(path: Path) -> Iterator[str]:
     """The text in blocks of about 1 MB: UTF-8 checked, BOM dropped, line ends made newlines."""
     decoder = codecs.getincrementaldecoder("utf-8")("strict")
@@ -254,24 +274,25 @@ def _fetch_gpt2(cache: Path) -> Tokenizer:
     return parse_tokenizer(path.read_text(encoding="utf-8", errors="replace"), str(path))
 
 
-def _learned_tokenizer(config: Config, path: Path, text_sha256: str, scan: Callable) -> Tokenizer:
+def _learned_tokenizer(config: Config, text: Text, scan: Callable[[], Scan]) -> Tokenizer:
     """A tokenizer learned from the training part of the text, from the cache if it is there."""
-    made_from = (text_sha256, config.model.vocab_size, config.data.validation_fraction, FORMAT)
+    made_from = (text.sha256, config.model.vocab_size, config.data.validation_fraction, FORMAT)
     cached = Path(config.data.cache_dir) / f"tokenizer-{_key(*made_from)}.json"
     if cached.exists():
         digest, _, content = cached.read_bytes().partition(b"\n")
         if sha256(content).hexdigest().encode() == digest:
             return parse_tokenizer(content.decode(), str(cached))
-    parts = _parts(path, scan())
-    texts = (
+    parts = _parts(text.path, scan())
+    pieces = (
         piece
-        for text, separator, held_out in parts
+        for part, separator, held_out in parts
         if not (separator or held_out)
-        for piece in (_slices(text, 4096) if _LONG_WORD.search(text) else [text])
+        for piece in (_slices(part, 4096) if _LONG_WORD.search(part) else [part])
     )
-    tokenizer = train_tokenizer(texts, config.model.vocab_size)
-    text = tokenizer.to_str()
-    _write_text(cached, sha256(text.encode()).hexdigest() + "\n" + text)
+    tokenizer = train_tokenizer(pieces, config.model.vocab_size)
+    text.require_unchanged()
+    content = tokenizer.to_str()
+    _write_text(cached, sha256(content.encode()).hexdigest() + "\n" + content)
     return tokenizer
 
 
@@ -279,17 +300,17 @@ def _slices(text: str, length: int) -> list[str]:
     return [text[at : at + length] for at in range(0, len(text), length)]
 
 
-def _load_tokenizer(config: Config, path: Path, text_sha256: str, scan: Callable) -> Tokenizer:
+def _load_tokenizer(config: Config, text: Text, scan: Callable[[], Scan]) -> Tokenizer:
     """The tokenizer that tokenizer.source names."""
     source = config.tokenizer.source
     if source == "gpt2":
         return _fetch_gpt2(Path(config.data.cache_dir))
     if source == "train":
-        return _learned_tokenizer(config, path, text_sha256, scan)
+        return _learned_tokenizer(config, text, scan)
     file = Path(source)
-    if file.exists() and not (file.is_file() or file.is_dir()):  # a device or FIFO has no end
-        raise InputError(f"tokenizer.source {source}: is not a regular file")
     try:
+        if file.exists() and not (file.is_file() or file.is_dir()):  # a device or FIFO has no end
+            raise InputError(f"tokenizer.source {source}: is not a regular file")
         return parse_tokenizer(file.read_text(encoding="utf-8"), source)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "is not UTF-8"
@@ -334,14 +355,14 @@ class _TokenWriter:
         self.file.close()
 
 
-def _tokenize(path: Path, tokenizer: Tokenizer, scan: Scan, final: Path) -> None:
+def _tokenize(text: Text, tokenizer: Tokenizer, scan: Scan, final: Path) -> None:
     """Tokenize the text as a stream into final/train.npy and final/validation.npy."""
     small = tokenizer.get_vocab_size() <= 2**16
     dtype = np.dtype(np.uint16 if small else np.uint32)
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = files.temporary_directory(final)
     # At most one token a byte; a byte-level BPE makes far fewer, so ask for room for half of that.
-    files.require_space(temporary, path.stat().st_size * dtype.itemsize // 2)
+    files.require_space(temporary, text.bytes * dtype.itemsize // 2)
     writers = [_TokenWriter(temporary / name, dtype) for name in TOKEN_FILES]
     end = end_token(tokenizer)
     batch: list[tuple[str, bool, bool]] = []
@@ -355,7 +376,7 @@ def _tokenize(path: Path, tokenizer: Tokenizer, scan: Scan, final: Path) -> None
         faults.point("cache.batch")
 
     size = 0
-    for part in _parts(path, scan):
+    for part in _parts(text.path, scan):
         batch.append(part)
         size += len(part[0])
         if size >= BATCH or len(batch) >= 65536:
@@ -366,6 +387,7 @@ def _tokenize(path: Path, tokenizer: Tokenizer, scan: Scan, final: Path) -> None
         writer.close()
     counts = {name: writer.count for name, writer in zip(TOKEN_FILES, writers, strict=True)}
     files.write_json(temporary / "counts.json", {**counts, "documents": scan.documents})
+    text.require_unchanged()
     files.publish(temporary, final, "cache")
 
 
@@ -413,8 +435,9 @@ def prepare(
     cache = Path(config.data.cache_dir)
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with files.lock(cache / ".lock", wait=True):  # two runs on one cache: one tokenizes
-            files.sweep(cache)
+        with files.lock(cache / ".lock", wait=log):  # two runs on one cache: one tokenizes
+            if left := files.sweep(cache):
+                log(f"{cache}: after an interruption: {', '.join(left)}")
             tokenizer, fingerprint, directory = _prepare(config, path, tokenizer_json, log)
         counts = files.read_json(directory / "counts.json")
         parts = [np.load(directory / name, mmap_mode="r") for name in TOKEN_FILES]
@@ -432,26 +455,26 @@ def _prepare(
     config: Config, path: Path, tokenizer_json: str | None, log: Callable[[str], None]
 ) -> tuple[Tokenizer, dict[str, Any], Path]:
     """The tokenizer, the fingerprint, and the directory of the tokens, made where it is missing."""
-    text_sha256 = files.sha256(path)
+    text = Text(path)
     scan = functools.cache(lambda: _scan(path, config.data.validation_fraction))
     if tokenizer_json is not None:
         tokenizer = parse_tokenizer(tokenizer_json, "the checkpoint's tokenizer.json")
     else:
-        tokenizer = _load_tokenizer(config, path, text_sha256, scan)
+        tokenizer = _load_tokenizer(config, text, scan)
     _check_vocabulary(tokenizer, config, log)
     fingerprint = {
-        "text_sha256": text_sha256,
-        "text_bytes": path.stat().st_size,
+        "text_sha256": text.sha256,
+        "text_bytes": text.bytes,
         "tokenizer_sha256": sha256(tokenizer.to_str().encode()).hexdigest(),
         "validation_fraction": config.data.validation_fraction,
     }
     key = _key(FORMAT, sorted(fingerprint.items()))
     directory = Path(config.data.cache_dir) / f"tokens-{key}"
-    if not directory.exists():
-        _tokenize(path, tokenizer, scan(), directory)
-    elif wrong := files.problem(directory):
-        log(f"{directory}: {wrong}; tokenizing again")
-        _tokenize(path, tokenizer, scan(), directory)
+    wrong = files.problem(directory)
+    if wrong:
+        if directory.exists():
+            log(f"{directory}: {wrong}; tokenizing again")
+        _tokenize(text, tokenizer, scan(), directory)
     return tokenizer, fingerprint, directory
 
 

@@ -8,6 +8,7 @@ WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -53,6 +54,12 @@ def barrier() -> None:
     """Wait until every process is here."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def wait_for_main() -> None:
+    """A barrier for what rank 0 does alone and what may take hours: tokenizing a large text."""
+    if dist.is_initialized():
+        dist.barrier(dist.new_group(backend="gloo", timeout=timedelta(days=1)))
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What every script that people run ("door") has in common: errors, exit codes and signals.
+"""What every script that people run ("door") has in common: flags, errors, exit codes, signals.
 
 Imports no torch, so that a wrong command line is answered in well under a second.
 
@@ -11,16 +11,24 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import FrameType
 
 from config import UserError
 
 RANK_0_SECONDS = 10.0  # that the other ranks leave rank 0 to report an error
+
+
+class UsageError(UserError):
+    """A flag, its value, or an environment variable is wrong."""
+
+    exit_code = 2
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -32,15 +40,29 @@ class ArgumentParser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> None:
-        """Print the problem and where help is, and exit 2."""
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+        """Raise the problem, with where help is."""
+        raise UsageError(f"{message} (see {self.prog} --help)")
 
 
-def positive_integer(text: str) -> int:
+def positive_integer(word: str) -> int:
     """An argparse type: a whole number from 1 to 999999."""
-    if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= 999_999 and len(text) < 8):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number from 1 to 999999")
-    return int(text)
+    if not (word.isascii() and word.isdigit() and 1 <= int(word[:9]) <= 999_999 and len(word) < 8):
+        raise argparse.ArgumentTypeError(f"got {word!r}, expected a whole number from 1 to 999999")
+    return int(word)
+
+
+def text(word: str) -> str:
+    """An argparse type: a word of the command line that is valid UTF-8."""
+    try:
+        word.encode()
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError(f"got {word!r}, expected UTF-8") from error
+    return word
+
+
+def path(word: str) -> Path:
+    """An argparse type: a path, in UTF-8 because logs and checkpoints have to name it."""
+    return Path(text(word))
 
 
 def is_main_process() -> bool:
@@ -67,6 +89,7 @@ def run(main: Callable[[], int]) -> None:
 
     With DEBUG=1 in the environment the traceback is shown.
     """
+    _mend_streams()
     try:
         code = main()
     except UserError as error:
@@ -79,11 +102,52 @@ def run(main: Callable[[], int]) -> None:
     except BrokenPipeError:  # the reader of our output went away: `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
+    except ModuleNotFoundError as error:
+        code = 1
+        _report(
+            f"error: {error.name} is not installed for {sys.executable}; ./train.sh installs what "
+            "is needed, and `source env.sh` makes it the shell's Python"
+        )
+    except OSError as error:  # the machine's answer, not a bug: no permission, a name too long
+        code = 3
+        _report(f"error: {error.filename or 'the system'}: {error.strerror or error}")
     except Exception as error:
         code = 1
         hint = "" if os.environ.get("DEBUG") == "1" else " (DEBUG=1 shows where; please report it)"
         _report(f"error: this should not happen: {type(error).__name__}: {error}{hint}")
     leave(code)
+
+
+def _mend_streams() -> None:
+    """Have a stdout and a stderr that take every line, also where they are closed or ASCII."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # `>&-`: the next file that is opened would take its number
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (for the whole process)
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def check_ranks(environment: Mapping[str, str]) -> None:
+    """Raise UsageError unless torchrun's variables agree: left-overs would hang or lose a run."""
+    given = {
+        name: environment[name]
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+        if name in environment
+    }
+    wrong = [f"{name}={word!r}" for name, word in given.items() if not re.fullmatch("[0-9]+", word)]
+    if not wrong:
+        world = int(given.get("WORLD_SIZE", 1))
+        if int(given.get("RANK", 0)) >= world:
+            wrong = [f"RANK={given['RANK']} of WORLD_SIZE={world}"]
+        elif world > 1:
+            needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+            wrong = [f"no {name}" for name in needed if name not in environment]
+    if wrong:
+        raise UsageError(
+            f"the environment has {', '.join(wrong)}: torchrun sets RANK, LOCAL_RANK, WORLD_SIZE, "
+            "MASTER_ADDR and MASTER_PORT together; unset them, or start with torchrun"
+        )
 
 
 def _report(line: str) -> None:

@@ -18,7 +18,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,20 @@ MANIFEST = "manifest.json"
 TEMPORARY = ".tmp-"
 _READ_AS_OURS = ("config.json", "tokenizer.json", "trainer_state.json", "counts.json")
 REPLACED = TEMPORARY + "replaced-"  # an older directory, until the new one has its name
+_SWEPT = re.compile(  # what this module and data.py make: nobody else's `.tmp-` is touched
+    r"\.tmp-(replaced-|removed-|link-)*"
+    r"(step_\d{6}|tokens-\w+|tokenizer-[\w.]+|latest|best|probe)-\d+"
+)
 
 
 class DiskFullError(UserError):
     """There is not enough room for what is to be written."""
+
+    exit_code = 3
+
+
+class DirectoryError(UserError):
+    """A directory cannot be made or written."""
 
     exit_code = 3
 
@@ -44,23 +54,26 @@ class LockedError(UserError):
 
 
 @contextlib.contextmanager
-def lock(path: Path, wait: bool = False) -> Iterator[None]:
+def lock(path: Path, wait: Callable[[str], None] | None = None) -> Iterator[None]:
     """Hold a lock file (flock: the kernel frees it when the holder dies, however it dies).
 
     Args:
-        wait: wait for the other holder, instead of raising.
+        wait: wait for another holder, after telling this function of it, instead of raising.
 
     Raises:
         LockedError: another process holds it; its pid and host are named.
     """
     with open(path, "a+", encoding="utf-8") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise LockedError(
-                f"{path.parent}: is in use by another run ({_holder(path)}); wait for it, stop "
-                "it, or name another directory"
-            ) from error
+            if wait is None:
+                raise LockedError(
+                    f"{path.parent}: is in use by another run ({_holder(path)}); wait for it, stop "
+                    "it, or name another directory"
+                ) from error
+            wait(f"{path.parent}: waiting for another run ({_holder(path)})")
+            fcntl.flock(file, fcntl.LOCK_EX)
         file.truncate(0)
         file.write(f"pid {os.getpid()} on host {socket.gethostname()}\n")
         file.flush()
@@ -81,6 +94,48 @@ def _holder(path: Path) -> str:
             return line
         time.sleep(0.05)
     return line or "another process"
+
+
+@contextlib.contextmanager
+def hold(directory: Path, flag: str) -> Iterator[list[str]]:
+    """Hold a directory, made if need be, for one run; gives what `sweep` did there.
+
+    Args:
+        flag: the flag that names it, for the error.
+
+    Raises:
+        DirectoryError: it cannot be made or written.
+        LockedError: another process holds it.
+    """
+    require_usable(directory, flag)
+    with contextlib.ExitStack() as stack:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock(directory / ".lock"))
+            left = sweep(directory)
+            temporary_directory(directory / "probe").rmdir()  # the lock may be there already
+        except OSError as error:
+            raise DirectoryError(
+                f"{flag} {directory}: {error.strerror} ({error.filename}); name a directory that "
+                "can be written"
+            ) from error
+        yield left
+
+
+def require_usable(directory: Path, flag: str) -> None:
+    """Raise DirectoryError where a directory cannot be made or written. Writes nothing."""
+    place = directory
+    while not os.path.lexists(place):
+        place = place.parent
+    why = None
+    if not os.path.isdir(place):
+        why = "is not a directory"
+    elif not os.access(place, os.W_OK | os.X_OK):
+        why = "cannot be written"
+    if why:
+        raise DirectoryError(
+            f"{flag} {directory}: {place} {why}; name a directory that can be written"
+        )
 
 
 def sha256(path: Path) -> str:
@@ -217,7 +272,9 @@ def sweep(parent: Path) -> list[str]:
     """Remove the temporary entries that dead writers left in `parent`; says what was done."""
     done = []
     if parent.is_dir():
-        for path in sorted(parent.glob(TEMPORARY + "*")):
+        for path in sorted(parent.iterdir()):
+            if not _SWEPT.fullmatch(path.name):
+                continue
             final = parent / path.name.removeprefix(REPLACED).rpartition("-")[0]
             if path.name.startswith(REPLACED) and not os.path.lexists(final):
                 os.rename(path, final)  # died between the two renames: the old one is still good

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from config import ConfigError
 
-# Dense bf16 peak in FLOP/s, from NVIDIA's data sheets; the first name that a GPU's name contains.
+# Dense bf16 peak in FLOP/s, from NVIDIA's data sheets; the first that a GPU's name has as a word.
+# The cards of a family differ: an A10G is no A10, an RTX 4090 Laptop GPU no RTX 4090.
 _PEAK_FLOPS = (
     ("B200", 2.25e15),
     ("GH200", 989.4e12),
+    ("H200 NVL", 835e12),
     ("H200", 989.4e12),
     ("H100 PCIe", 756e12),
     ("H100 NVL", 835e12),
@@ -77,7 +81,14 @@ def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 peak of the device in FLOP/s; None where it is not known."""
     if device.type != "cuda":
         return None
-    return next((peak for part, peak in _PEAK_FLOPS if part in name(device)), None)
+    return peak_of(name(device))
+
+
+def peak_of(gpu: str) -> float | None:
+    """Dense bf16 peak in FLOP/s of a GPU by its name; None where it is not known."""
+    other = "(?! Ti| D|.*Laptop)"
+    found = (peak for part, peak in _PEAK_FLOPS if re.search(rf"\b{part}\b{other}", gpu))
+    return next(found, None)
 
 
 def peak_memory_gib(device: torch.device) -> float:

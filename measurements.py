@@ -36,10 +36,10 @@ import config as configuration
 import data
 import doors
 import files
-import generate
 import hardware
 import model as models
 import optimization
+import sampling
 import train
 import trainer
 import training_state
@@ -145,12 +145,12 @@ def train_ours(config: Config, arguments: argparse.Namespace, without: str = "")
             batch = run.dataset.batch(step)
             input_ids, labels = (assembly.to_device(run, array) for array in batch)
             waits.append(time.perf_counter() - asked)
-            stats = run.stepper.step(input_ids, labels, step, 0)
+            read = run.stepper.step(input_ids, labels, step, 0)
             if without == "late_read":
-                stats.tolist()
+                read()
             elif unread is not None:  # while the device computes this step, as the loop does
-                unread.tolist()
-            unread = stats
+                unread()
+            unread = read
             if step == 1:
                 first = _wait(run.device) - began
             if step >= arguments.warmup:
@@ -164,7 +164,7 @@ def train_ours(config: Config, arguments: argparse.Namespace, without: str = "")
         "micro_batch": run.stepper.micro_batch,
         "gradient_checkpointing": run.model.model.gradient_checkpointing,
         "attention": run.attention_reason,
-        "last_loss": stats[0].item(),
+        "last_loss": read()[0],
     }
 
 
@@ -173,6 +173,8 @@ def leave_out(name: str, run: assembly.Run) -> None:
     if name == "fused":
         for group in run.stepper.optimizer.param_groups:
             group["fused"], group["foreach"] = False, True
+        for state in run.stepper.optimizer.state.values():
+            state["step"] = state["step"].cpu()  # where the unfused kernels keep it
         run.stepper._update = run.stepper.optimizer.step  # only the fused one takes `found_inf`
     if name == "qkv":
         models.SelfAttention.forward = _three_products
@@ -248,7 +250,7 @@ def resume_ours(config: Config, arguments: argparse.Namespace) -> Result:
     began, root = time.perf_counter(), arguments.scratch / "checkpoints"
     path = train.find_resume(root, "auto")
     verified = time.perf_counter()
-    run = _set_up(config, train.step_of(path) + 1, root, path)
+    run = _set_up(config, checkpoint.read_state(path)["step"] + 1, root, path)
     ready = _wait(run.device)
     with _engine(run):
         trainer.take_step(run, run.job.last)
@@ -319,7 +321,7 @@ def _generated(run: Callable[[], int], device: torch.device) -> Result:
 
 
 def generate_ours(config: Config, arguments: argparse.Namespace) -> Result:
-    """generate.generate_ids on random weights, which it leaves for the peer."""
+    """sampling.generate_ids on random weights, which it leaves for the peer."""
     device, dtype = _device(config)
     model = models.CausalLM(config.model, dtype)
     models.initialize(model, torch.Generator().manual_seed(config.training.seed))
@@ -335,7 +337,7 @@ def generate_ours(config: Config, arguments: argparse.Namespace) -> Result:
     seeds, no_end = list(range(SAMPLES)), -1  # no token is -1: every sample has its full length
 
     def run() -> int:
-        found = generate.generate_ids(model, prompts, settings, seeds, no_end)
+        found = sampling.generate_ids(model, prompts, settings, seeds, no_end)
         return sum(len(ids) for ids, _, _ in found)
 
     return _generated(run, device)

@@ -98,26 +98,31 @@ def choose_attention(
                 ["model.attention: flash_attn needs a CUDA GPU and there is none; use auto"]
             )
         return attention_sdpa, "sdpa (PyTorch's own; there is no GPU)"
+    if dtype != torch.bfloat16 or deterministic:
+        why = "deterministic" if deterministic else "fp32"
+        if wanted == "flash_attn":
+            raise ConfigError(
+                [f"model.attention: flash_attn cannot be used here ({why}); use auto"]
+            )
+        return attention_sdpa, f"sdpa ({why})"
     hopper = torch.cuda.get_device_capability(device)[0] == 9
     cudnn = torch.backends.cudnn.version() or 0
-    cudnn_is_fastest = hopper and cudnn >= 91501 and not deterministic
-    if wanted == "flash_attn" or (
-        wanted == "auto" and not cudnn_is_fastest and dtype == torch.bfloat16 and not deterministic
-    ):
-        try:
-            function, name = load_flash_attention(hopper)
-            return function, f"{name} ({'asked for' if wanted == 'flash_attn' else 'installed'})"
-        except ImportError as error:
-            if wanted == "flash_attn":
-                raise ConfigError(
-                    [
-                        f"model.attention: flash_attn cannot be imported ({error}); "
-                        "pip install -r requirements-gpu.txt, or use auto"
-                    ]
-                ) from error
-    if cudnn_is_fastest:
+    if wanted != "flash_attn" and hopper and cudnn >= 91501:
         return attention_sdpa, f"sdpa, cuDNN {cudnn} first (fastest on Hopper)"
-    return attention_sdpa, "sdpa" + (" (asked for)" if wanted == "sdpa" else "")
+    if wanted == "sdpa":
+        return attention_sdpa, "sdpa (asked for)"
+    try:
+        function, name = load_flash_attention(hopper)
+    except ImportError as error:
+        if wanted == "auto":
+            return attention_sdpa, "sdpa (flash-attn is not installed)"
+        raise ConfigError(
+            [
+                f"model.attention: flash_attn cannot be imported ({error}); "
+                "pip install -r requirements-gpu.txt, or use auto"
+            ]
+        ) from error
+    return function, f"{name} ({'asked for' if wanted == 'flash_attn' else 'installed'})"
 
 
 # --- layers --------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """One optimizer step: learning rate, AdamW, gradient accumulation, clipping, the non-finite guard.
 
 Everything here is a function of the absolute optimizer step and the seed, never of what happened
-before: see `learning_rate` and `train_step`.
+before: see `learning_rate` and `Stepper.step`.
 """
 
 from __future__ import annotations
@@ -114,6 +114,25 @@ def layer_norms(model: nn.Module, clipped_by: float) -> dict[str, float]:
     return {name: float(total_norm(gradients)) * clipped_by for name, gradients in layers.items()}
 
 
+def read_later(values: Tensor) -> Callable[[], list[float]]:
+    """Begin to copy a small tensor to the host; the function returned waits for it and reads it.
+
+    `tolist` alone would wait for everything that was launched since, the next step included.
+    """
+    if values.device.type != "cuda":
+        return values.tolist
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read() -> list[float]:
+        copied.synchronize()
+        return host.tolist()
+
+    return read
+
+
 class Stepper:
     """Takes optimizer steps and keeps the guard against non-finite numbers.
 
@@ -166,7 +185,9 @@ class Stepper:
             loss += part.detach()
         return loss
 
-    def step(self, input_ids: Tensor, labels: Tensor, step: int, signal: int) -> Tensor | None:
+    def step(
+        self, input_ids: Tensor, labels: Tensor, step: int, signal: int
+    ) -> Callable[[], list[float]] | None:
         """One optimizer step.
 
         Args:
@@ -175,9 +196,9 @@ class Stepper:
             signal: the number of a signal that this process has got, or 0.
 
         Returns:
-            (4,) fp32 on the device, the same on every process: mean loss, gradient norm before
-            clipping, 1.0 if anything was not finite so far, the largest signal number. None when
-            interrupted: nothing was changed.
+            A function that waits for the step and gives four numbers, the same on every process:
+            mean loss, gradient norm before clipping, 1.0 if anything was not finite so far, the
+            largest signal number. None when interrupted: nothing was changed.
         """
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.backward(input_ids, labels, step)
@@ -194,7 +215,7 @@ class Stepper:
         stop = torch.full_like(loss, float(signal))
         if signal or distributed.world_size() > 1:
             distributed.all_reduce_max(stop)
-        return torch.stack([loss, norm, self.poison, stop])
+        return read_later(torch.stack([loss, norm, self.poison, stop]))
 
     def _update(self) -> None:
         if distributed.is_sharded(next(self.model.parameters())):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import sys
 import threading
 from collections.abc import Callable
@@ -85,32 +86,50 @@ def start_logging(log_dir: Path, phase: int) -> logging.Logger:
 class Metrics:
     """metrics.jsonl: appended line by line, cut back to the resumed step at a start."""
 
-    def __init__(self, path: Path, step: int, log: Callable[[str], None]) -> None:
+    def __init__(self, path: Path, step: int, run_id: str, log: Callable[[str], None]) -> None:
         self.path, self.log = path, log
         self.lock = threading.Lock()  # the checkpoint writer's thread appends too
         self.events: list[dict[str, Any]] = []
         self.waiting: list[str] = []  # lines that could not be written yet
         self.failing = False
-        if path.exists():
-            self._cut_back(step)
+        id_file = path.with_name("wandb_run_id")
+        try:
+            known = id_file.read_text("utf-8", "replace").strip() if id_file.exists() else run_id
+            if path.exists() and step > 0 and known == run_id:
+                self._cut_back(step)
+            elif path.exists():
+                os.rename(path, self._number())
+            id_file.write_text(run_id + "\n", encoding="utf-8")
+        except OSError as error:
+            raise LogError(
+                f"--log_dir {path.parent}: {error.strerror} ({error.filename}); name a directory "
+                "that can be written"
+            ) from error
+
+    def _number(self) -> Path:
+        """The first free name metrics.jsonl.N, for a file that is set aside."""
+        number = 1
+        while (older := self.path.with_name(f"{self.path.name}.{number}")).exists():
+            number += 1
+        return older
 
     def _cut_back(self, step: int) -> None:
-        """Keep the whole lines up to `step`; a fresh run sets an older run's file aside."""
-        if step == 0:
-            number = 1
-            while (older := self.path.with_name(f"{self.path.name}.{number}")).exists():
-                number += 1
-            os.rename(self.path, older)
-            return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+        """Keep the whole lines up to `step`, the others only if they led to a checkpoint."""
+        kept, saved_later = [], False
+        for line in self.path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
-                event = json.loads(line)
-                if event["step"] <= step:
+                event = json.loads(line) if line else {"step": step + 1, "event": ""}
+                if event["step"] > step:
+                    saved_later |= event["event"] == "checkpoint"
+                elif isinstance(event["event"], str):
                     kept.append(line)
                     self.events.append(event)
             except (ValueError, KeyError, TypeError):
                 self.log(f"{self.path}: a torn line was dropped: {line[:60]!r}")
+        if saved_later:
+            older = self._number()
+            shutil.copyfile(self.path, older)
+            self.log(f"{older} keeps the lines after step {step}, which this run takes anew")
         temporary = self.path.with_name(f"{files.TEMPORARY}{self.path.name}")
         temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         files.flush(temporary)
@@ -186,7 +205,7 @@ class Tracker:
         self.enabled = enabled
         if not enabled:
             return
-        self.metrics = Metrics(log_dir / "metrics.jsonl", step, logger.info)
+        self.metrics = Metrics(log_dir / "metrics.jsonl", step, run_id, logger.info)
         self.wandb = WandbRun(config, run_id, log_dir, logger.info, hurry)
         self.code()
         self.bar: tqdm | None = None
@@ -259,8 +278,8 @@ class Tracker:
 
         try:
             self.wandb.images(step, plots.draw(self.metrics.events, self.log_dir))
-        except OSError as error:
-            self.log(f"the plots could not be written: {error}")
+        except Exception as error:  # matplotlib's too
+            self.log(f"the plots could not be drawn: {error!r}")
 
     def code(self) -> None:
         """Hand the code that runs to W&B, unless WANDB_DISABLE_CODE asks not to."""

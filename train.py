@@ -20,27 +20,52 @@ import checkpoint
 import config as configuration
 import doors
 import faults
+import files
 from config import Config, ConfigError
 
 
 def parser(description: str) -> doors.ArgumentParser:
     """The flags that both phases have."""
     result = doors.ArgumentParser(description=description)
-    result.add_argument("--config", default="config.yaml", help="YAML file (config.yaml)")
-    result.add_argument("--input_file", type=Path, default=Path("input.txt"), help="UTF-8 text")
-    result.add_argument("--save_dir", type=Path, default=Path("checkpoints"))
-    result.add_argument("--log_dir", type=Path, default=Path("logs"))
-    result.add_argument("--train_steps", type=doors.positive_integer, metavar="N")
+    for name, default, meaning in (
+        ("--config", "config.yaml", "YAML file"),
+        ("--input_file", "input.txt", "UTF-8 text"),
+        ("--save_dir", "checkpoints", "checkpoints, of one run"),
+        ("--log_dir", "logs", "metrics, logs, plots and samples, of one run"),
+    ):
+        result.add_argument(
+            name, type=doors.path, default=Path(default), help=f"{meaning} ({default})"
+        )
+    result.add_argument("--train_steps", metavar="N", help="optimizer steps of this phase")
     result.add_argument("overrides", nargs="*", metavar="section.key=value")
     return result
 
 
-def load_config(arguments: argparse.Namespace) -> Config:
-    """The configuration that the command line names; every problem is reported together."""
-    for word in arguments.overrides:
-        if word.startswith("-"):
-            raise ConfigError([f"command line: unknown flag {word}"])
-    return configuration.load(arguments.config, arguments.overrides)
+def parse(
+    flags: doors.ArgumentParser, steps_key: str | None = None
+) -> tuple[argparse.Namespace, Config]:
+    """The command line and the configuration that it names; every problem is reported together.
+
+    Args:
+        steps_key: the key of the training section that --train_steps stands for, if it is a flag.
+
+    Raises:
+        UsageError, ConfigError: something is wrong with them, or with torchrun's variables.
+    """
+    doors.check_ranks(os.environ)
+    arguments, unknown = flags.parse_known_intermixed_args()
+    words = [word for word in arguments.overrides if not word.startswith("-")]
+    unknown += [word for word in arguments.overrides if word.startswith("-")]
+    if steps_key and arguments.train_steps is not None:
+        words.append(f"training.{steps_key}={arguments.train_steps}")
+    problems = [f"command line: unknown flag {word}" for word in unknown]
+    try:
+        config = configuration.load(arguments.config, words)
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return arguments, config
 
 
 def find_resume(save_dir: Path, resume: str) -> Path | None:
@@ -65,7 +90,8 @@ def find_resume(save_dir: Path, resume: str) -> Path | None:
         return None
     path = Path(resume)
     checkpoint.require_whole(path)
-    step = step_of(path)
+    state = checkpoint.read_state(path)
+    step = state["step"]
     newer = [other for other in present if other > step]
     if newer:
         raise ConfigError(
@@ -75,15 +101,13 @@ def find_resume(save_dir: Path, resume: str) -> Path | None:
                 "--save_dir, or --resume auto"
             ]
         )
+    for other in present:
+        directory = checkpoint.directory_of(save_dir, other)
+        if checkpoint.run_id(directory) not in (None, state.get("wandb_run_id")):
+            raise ConfigError(
+                [f"--resume {path}: {directory} is of another run; name another --save_dir"]
+            )
     return path
-
-
-def step_of(directory: Path) -> int:
-    """The step of a verified checkpoint."""
-    try:
-        return int(checkpoint.files.read_json(directory / "trainer_state.json")["step"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise checkpoint.CheckpointError(f"{directory}: is not one of our checkpoints") from error
 
 
 def start(
@@ -95,40 +119,49 @@ def start(
     stop: doors.StopSignals,
 ) -> int:
     """Hand over to the training loop, or say that there is nothing left to do."""
-    if resume_from is not None and (done := step_of(resume_from)) >= last:
-        doors.say(f"phase {phase} (to step {last}) is complete: {resume_from} is at step {done}")
-        return 0
+    if resume_from is not None:
+        state = checkpoint.read_state(resume_from)
+        done, evaluated = state["step"], state.get("val_loss") is not None
+        if done > last or (done == last and evaluated):
+            doors.say(
+                f"phase {phase} (to step {last}) is complete: {resume_from} is at step {done}"
+            )
+            return 0
     if config.training.deterministic:  # read by cuBLAS when CUDA starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    faults.point("start.import")
-    import trainer  # imports torch: after everything that can be checked without it
+    dry_run = getattr(arguments, "dry_run", False)
+    writes = doors.is_main_process() and not dry_run
+    with files.hold(arguments.log_dir, "--log_dir") if writes else contextlib.nullcontext():
+        faults.point("start.import")
+        import trainer  # imports torch: after everything that can be checked without it
 
-    return trainer.run(
-        trainer.Job(
-            config=config,
-            phase=phase,
-            input_file=arguments.input_file,
-            save_dir=arguments.save_dir,
-            log_dir=arguments.log_dir,
-            last=last,
-            resume_from=resume_from,
-            dry_run=getattr(arguments, "dry_run", False),
-            stop=stop,
+        return trainer.run(
+            trainer.Job(
+                config=config,
+                phase=phase,
+                input_file=arguments.input_file,
+                save_dir=arguments.save_dir,
+                log_dir=arguments.log_dir,
+                last=last,
+                resume_from=resume_from,
+                dry_run=dry_run,
+                stop=stop,
+            )
         )
-    )
 
 
 def main() -> int:
     """The door of phase 1."""
     stop = doors.StopSignals().install()
     flags = parser(__doc__)
-    flags.add_argument("--resume", default="never", metavar="never|auto|PATH")
+    flags.add_argument("--resume", type=doors.text, default="never", metavar="never|auto|PATH")
     flags.add_argument("--dry_run", action="store_true", help="check everything, then end")
-    arguments = flags.parse_intermixed_args()
-    if arguments.train_steps:  # as an override, so that it is checked against the other keys
-        arguments.overrides.append(f"training.train_steps={arguments.train_steps}")
-    config = load_config(arguments)
+    arguments, config = parse(flags, "train_steps")
     last = config.training.train_steps
+    if arguments.dry_run:
+        checkpoint.refuse_nested(arguments.save_dir)
+        files.require_usable(arguments.save_dir, "--save_dir")
+        files.require_usable(arguments.log_dir, "--log_dir")
     with contextlib.nullcontext() if arguments.dry_run else checkpoint.lock(arguments.save_dir):
         resume_from = find_resume(arguments.save_dir, arguments.resume)
         return start(arguments, config, 1, last, resume_from, stop)

@@ -17,13 +17,12 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import checkpoint
@@ -31,13 +30,23 @@ import config as configuration
 import data
 import distributed
 import faults
-import generate
+import files
 import hardware
 import model as models
 import optimization
+import sampling
 import training_state
 import wandb_run
-from assembly import Job, Run, check_disk, describe, fit_memory, set_up, to_device
+from assembly import (
+    Job,
+    OutOfMemoryError,
+    Run,
+    check_disk,
+    describe,
+    fit_memory,
+    set_up,
+    to_device,
+)
 from config import UserError
 from tracking import Tracker, duration, human, start_logging
 
@@ -69,67 +78,92 @@ class _Stopwatch:
         return max(seconds, 1e-9)
 
 
-def take_step(run: Run, step: int) -> Tensor | None:
+def take_step(run: Run, step: int) -> Callable[[], list[float]] | None:
     """Launch one optimizer step; see Stepper.step for what comes back."""
     batch = run.dataset.batch(step, distributed.rank(), distributed.world_size())
     input_ids, labels = (to_device(run, array) for array in batch)
-    stats = run.stepper.step(input_ids, labels, step, run.job.stop.number)
-    if stats is not None:
+    read = run.stepper.step(input_ids, labels, step, run.job.stop.number)
+    if read is not None:
         run.progress.step = step
         run.progress.tokens += run.config.tokens_per_step
         run.progress.val_loss = None
         run.job.stop.deferred = True  # from here on a signal has something to save
-    return stats
+    return read
 
 
-def _settle(run: Run, step: int, stats: Tensor) -> tuple[float, float, bool]:
-    """Read a step's numbers from the device: (loss, gradient norm, whether to stop).
+def _settle(run: Run, step: int, read: Callable[[], list[float]]) -> tuple[float, float, bool]:
+    """Wait for a step's numbers: (loss, gradient norm, whether to stop).
 
     Raises:
         DivergedError: something was not finite. No weight was changed by that step or since.
     """
-    loss, norm, poison, signal = stats.tolist()
+    loss, norm, poison, signal = read()
     if poison:
         run.writer.wait()
-        good = checkpoint.steps(run.job.save_dir)
-        last = checkpoint.directory_of(run.job.save_dir, good[-1]) if good else "none"
         raise DivergedError(
             f"step {step}: the loss is {loss:g} and the gradient norm {norm:g}; stopped before "
-            f"the update; last good checkpoint: {last}; try a lower training.learning_rate"
+            f"the update; {_last_good(run)}; try a lower training.learning_rate"
         )
     run.progress.train_loss = loss
     return loss, norm, bool(signal) or run.interrupted()
+
+
+def _last_good(run: Run) -> str:
+    """`last good checkpoint: ...`, verified, for the error of a run that diverged."""
+    root = run.job.save_dir
+    for step in reversed(checkpoint.steps(root)):
+        if files.problem(checkpoint.directory_of(root, step)) is None:
+            return f"last good checkpoint: {checkpoint.directory_of(root, step)}"
+    return "last good checkpoint: none"
 
 
 def _is_due(run: Run, step: int, every: int) -> bool:
     return step % every == 0 or step == run.job.last
 
 
+def _catch_up(run: Run) -> None:
+    """The evaluation before the first step, or the one that a signal cut short at this step."""
+    step = run.progress.step
+    if step == 0:
+        _evaluate(run, 0)
+    elif (
+        run.same_phase
+        and run.progress.val_loss is None
+        and _is_due(run, step, run.training.eval_steps)
+    ):
+        run.tracker.log(f"step {step}: its evaluation was interrupted; evaluating now")
+        _evaluate(run, step)
+        if run.progress.val_loss is not None:
+            save(run)
+            if _is_due(run, step, run.training.sample_steps):
+                _sample(run, step)
+            run.tracker.draw(step)
+
+
 def _train(run: Run) -> bool:
-    """Take the steps from progress.step to job.last; returns whether all were taken."""
+    """Take the steps from progress.step to job.last; returns whether the last one is evaluated."""
     training, last = run.training, run.job.last
     watch = _Stopwatch()
     announced = False
-    if run.progress.step == 0:
-        with watch.pause():
-            _evaluate(run, 0)
+    with watch.pause():
+        _catch_up(run)
     since = first = run.progress.step
-    unread: tuple[int, Tensor] | None = None
+    unread: tuple[int, Callable[[], list[float]]] | None = None
     stop = False
     for step in range(first + 1, last + 1):
-        stats = take_step(run, step)
+        read = take_step(run, step)
         if unread is not None:  # while the device computes this step, look at the one before
             _, _, stop = _settle(run, *unread)
-        if stats is None:
+        if read is None:
             break
-        unread = (step, stats)
+        unread = (step, read)
         run.tracker.tick()
         frequencies = (training.logging_steps, training.eval_steps, training.sample_steps)
         due = [_is_due(run, step, every) for every in (*frequencies, training.save_steps)]
         stop = stop or run.interrupted()
         if not (any(due) or stop):
             continue
-        loss, norm, now = _settle(run, step, stats)
+        loss, norm, now = _settle(run, step, read)
         unread, stop = None, stop or now
         if due[0]:
             seconds = watch.lap()
@@ -142,15 +176,18 @@ def _train(run: Run) -> bool:
         with watch.pause():
             if due[1] and not stop:
                 _evaluate(run, step)
-            if due[2] and not stop:
-                _sample(run, step)
+            stop = stop or run.interrupted()
             if due[3] or stop:
                 save(run)
+            if due[2] and not stop:  # after saving: the text is not worth a step
+                _sample(run, step)
+            if (due[1] or due[2]) and not stop:
+                run.tracker.draw(step)
         if stop:
             break
     if unread is not None:
         _settle(run, *unread)
-    return run.progress.step == last
+    return run.progress.step == last and run.progress.val_loss is not None
 
 
 def _report(run: Run, loss: float, norm: float, steps_per_second: float) -> None:
@@ -222,8 +259,6 @@ def _evaluate(run: Run, step: int) -> None:
         seconds=time.monotonic() - started,
     )
     _histograms(run, step)
-    if step > 0:
-        run.tracker.draw(step)
     gc.collect()
 
 
@@ -236,7 +271,7 @@ def _histograms(run: Run, step: int) -> None:
     for name, parameter in run.model.named_parameters():
         wanted = {"gradients": parameter.grad, "parameters": parameter.detach()}
         for kind, tensor in wanted.items():
-            if watch in (kind, "all") and tensor is not None and type(tensor) is not nn.Parameter:
+            if watch in (kind, "all") and tensor is not None:
                 if hasattr(tensor, "to_local"):
                     tensor = tensor.to_local()  # this process's shard
                 low, high = (float(x) for x in tensor.aminmax())
@@ -256,7 +291,7 @@ def _sample(run: Run, step: int) -> None:
     model = models.CausalLM(run.config.model, run.dtype).to(run.device, run.dtype).eval()
     model.load_state_dict(weights)
     seed = configuration.derive_seed(run.training.seed, step, "sample")
-    samples = generate.sample_prompts(model, run.corpus.tokenizer, run.config.generation, seed)
+    samples = sampling.sample_prompts(model, run.corpus.tokenizer, run.config.generation, seed)
     for sample in samples:
         run.tracker.event("sample", step, **dataclasses.asdict(sample))
     run.tracker.samples(step)
@@ -271,7 +306,8 @@ def save(run: Run) -> None:
         for name, tensor in weights.items():
             if not torch.isfinite(tensor).all():
                 raise DivergedError(
-                    f"step {run.progress.step}: {name} is not finite; nothing was saved"
+                    f"step {run.progress.step}: {name} is not finite; nothing was saved; "
+                    f"{_last_good(run)}"
                 )
         run.progress.elapsed_seconds = run.earlier_seconds + time.monotonic() - run.started
         faults.point("save.copied")
@@ -355,8 +391,15 @@ def run(job: Job) -> int:
         logger.info("dry run: everything is fine; nothing was written but the token cache")
         code = 0
     else:
-        with engine(state):
-            code = _run(state, logger)
+        try:
+            with engine(state):
+                code = _run(state, logger)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemoryError(
+                f"step {state.progress.step + 1}: the GPU's memory is full; set "
+                "training.gradient_checkpointing=full, or halve training.batch_size and double "
+                f"training.gradient_accumulation_steps ({str(error).splitlines()[0]})"
+            ) from error
     # Not after an error: ranks that still communicate would keep this one waiting, and torchrun
     # ends them when it sees it gone (https://github.com/pytorch/torchtitan/pull/1342).
     distributed.stop()
@@ -368,9 +411,10 @@ def engine(run: Run) -> Iterator[None]:
     """The conditions under which steps are taken: attention kernels, memory, garbage collector."""
     with contextlib.ExitStack() as stack:
         if run.device.type == "cuda":
-            backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-            if run.training.deterministic:
-                backends = backends[1:]
+            backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+            if not run.training.deterministic:
+                backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+                backends += [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # fp32: these alone
             stack.enter_context(sdpa_kernel(backends, set_priority=True))
         # No collections in the step loop (they pause it for up to half a second): see _evaluate.
         gc.collect()
@@ -413,8 +457,8 @@ def _run(run: Run, logger: logging.Logger) -> int:
         complete = _train(run)
         if not complete:
             run.writer.wait()  # perhaps this very step is being written
-            if run.writer.written != run.progress.step:
-                save(run)
+            if distributed.from_main(run.writer.written) != run.progress.step:
+                save(run)  # collective where sharded: all ranks, or none
         run.writer.wait(final=True)
     except BaseException as error:
         run.writer.wait()  # `doors.leave` waits for no thread, and this checkpoint may be the last

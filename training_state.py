@@ -56,14 +56,21 @@ def seed_rng(seed: int) -> None:
 
 
 def restore_rng(states: dict[str, Tensor]) -> None:
-    """Set every global random generator as `rng_states` saw it; ones that are absent stay."""
-    version, key, gauss = _from_tensor(states["rng.python"])
-    random.setstate((version, tuple(key), gauss))
-    np.random.set_state(_from_tensor(states["rng.numpy"]))
-    for number in range(torch.cuda.device_count()):
-        if f"rng.cuda.{number}" in states:
-            torch.cuda.set_rng_state(states[f"rng.cuda.{number}"], number)
-    torch.set_rng_state(states["rng.torch"])
+    """Set every global random generator as `rng_states` saw it; CUDA's that are absent stay.
+
+    Raises:
+        CheckpointError: a state is missing or is none.
+    """
+    try:
+        version, key, gauss = _from_tensor(states["rng.python"])
+        random.setstate((version, tuple(key), gauss))
+        np.random.set_state(_from_tensor(states["rng.numpy"]))
+        for number in range(torch.cuda.device_count()):
+            if f"rng.cuda.{number}" in states:
+                torch.cuda.set_rng_state(states[f"rng.cuda.{number}"], number)
+        torch.set_rng_state(states["rng.torch"])
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"the checkpoint's random generators: {error!r}") from error
 
 
 class HostCopy:
@@ -131,17 +138,18 @@ def load_optimizer(
     """Copy a checkpoint's optimizer state into a (perhaps sharded) model's optimizer.
 
     Raises:
-        CheckpointError: the checkpoint lacks a tensor.
+        CheckpointError: the checkpoint lacks a tensor, or has one of another shape.
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             for slot in SLOTS:
                 saved = checkpoint.training_state.get(f"optimizer.{slot}.{name}")
-                if saved is None:
-                    raise CheckpointError(
-                        f"the checkpoint of step {checkpoint.step} lacks optimizer.{slot}.{name}"
-                    )
                 live = optimizer.state[parameter][slot]
+                if saved is None or saved.shape != live.shape:
+                    raise CheckpointError(
+                        f"the checkpoint of step {checkpoint.step}: optimizer.{slot}.{name} is "
+                        "missing or of another shape"
+                    )
                 if distributed.is_sharded(live):
                     from torch.distributed.tensor import distribute_tensor
 

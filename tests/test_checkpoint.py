@@ -29,7 +29,7 @@ import checkpoint
 import data
 import files
 from checkpoint import Checkpoint, CheckpointError
-from config import CheckpointConfig
+from config import CheckpointConfig, UserError
 
 FILES = (
     "README.md", "config.json", "model.safetensors", "tokenizer.json", "trainer_state.json",
@@ -49,7 +49,17 @@ def tiny(step: int, width: int = 100, **state) -> Checkpoint:
             "optimizer.exp_avg.model.weight": torch.randn(width, width, generator=generator),
             "rng.torch": torch.arange(16, dtype=torch.uint8),
         },
-        trainer_state={"format_version": 1, "step": step, "phase": 1, "val_loss": 2.5, **state},
+        trainer_state={
+            "format_version": 1,
+            "step": step,
+            "tokens": 9,
+            "elapsed_seconds": 1.0,
+            "phase": 1,
+            "val_loss": 2.5,
+            "data": {},
+            "config": {},
+            **state,
+        },
         documents={"config.json": {"a": [1, 2]}, "tokenizer.json": "{}", "README.md": "# A\n"},
     )
 
@@ -1049,7 +1059,7 @@ def test_a_directory_that_cannot_be_used_is_named_before_any_work(open_tmp, case
         try:
             with checkpoint.lock(root):
                 return "taken"
-        except CheckpointError as error:
+        except UserError as error:
             return f"{error.exit_code} {error}"
 
     with limit(10):
@@ -1067,7 +1077,7 @@ def test_the_door_names_a_wrong_save_dir_at_once(tmp_path, words):
     save = tmp_path / "file"
     done = door("train.py", "--config", "config_cpu.yaml", "--save_dir", save, *words)
     assert time.monotonic() - began < 3
-    assert_refused(done, 3, f"--save_dir {save}: File exists")
+    assert_refused(done, 3, f"--save_dir {save}: {save} is not a directory")
     assert len(done.stderr.splitlines()) == 1
 
 

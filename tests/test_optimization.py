@@ -140,8 +140,7 @@ def test_step_equals_adamw_by_its_formula() -> None:
     stepper = make_stepper(4)
     weight = stepper.model.model.layers[0].mlp.c_fc.weight
     before = weight.detach().clone()
-    stats = stepper.step(*random_batch(4), step=50, signal=0)
-    norm = float(stats[1])
+    norm = stepper.step(*random_batch(4), step=50, signal=0)()[1]
     gradient = weight.grad  # clipped in place
     total = torch.sqrt(sum((p.grad.double() ** 2).sum() for p in stepper.model.parameters()))
     assert float(total) == pytest.approx(min(norm, 1.0), rel=1e-4)
@@ -167,14 +166,14 @@ def test_the_guard_leaves_everything_as_it_was(case: str) -> None:
     bad = [False]
     stepper = make_stepper(4, loss=loss)
     model = stepper.model
-    assert stepper.step(*random_batch(4), step=1, signal=0)[2] == 0
+    assert stepper.step(*random_batch(4), step=1, signal=0)()[2] == 0
     state = {k: v.clone() for k, v in model.state_dict().items()}
     moments = [s["exp_avg"].clone() for s in stepper.optimizer.state.values()]
     counts = [float(s["step"]) for s in stepper.optimizer.state.values()]
     bad[0] = True
-    assert stepper.step(*random_batch(4), step=2, signal=0)[2] == 1
+    assert stepper.step(*random_batch(4), step=2, signal=0)()[2] == 1
     bad[0] = False
-    assert stepper.step(*random_batch(4), step=3, signal=0)[2] == 1  # it stays on
+    assert stepper.step(*random_batch(4), step=3, signal=0)()[2] == 1  # it stays on
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, state[name]), name
     for old, new in zip(moments, stepper.optimizer.state.values(), strict=True):
@@ -186,7 +185,7 @@ def test_layer_norms_are_those_before_clipping() -> None:
     """The layers' norms together are the gradient norm that the step reports."""
     config = configuration.replace_training(Config(model=SMALL), max_grad_norm=0.01)
     stepper = make_stepper(4, config)
-    norm = float(stepper.step(*random_batch(4), step=1, signal=0)[1])
+    norm = stepper.step(*random_batch(4), step=1, signal=0)()[1]
     norms = optimization.layer_norms(stepper.model, clipped_by=norm / 0.01)
     assert list(norms) == ["embed_tokens", "layers.0", "layers.1", "norm"]
     assert math.hypot(*norms.values()) == pytest.approx(norm, rel=1e-3)

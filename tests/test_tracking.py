@@ -12,10 +12,10 @@ import plots
 import tracking
 
 
-def metrics(path: Path, step: int) -> tuple[tracking.Metrics, list[str]]:
+def metrics(path: Path, step: int, run_id: str = "abc") -> tuple[tracking.Metrics, list[str]]:
     """Open metrics.jsonl as a run resumed at `step` does, with what it logged."""
     said: list[str] = []
-    return tracking.Metrics(path, step, said.append), said
+    return tracking.Metrics(path, step, run_id, said.append), said
 
 
 def steps(path: Path) -> list[int]:

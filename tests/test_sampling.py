@@ -13,7 +13,7 @@ from helpers import ROOT, call, train, write_tiny
 from test_optimization import small_model
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-import generate
+import sampling
 from config import GenerationConfig
 
 PROBABILITIES = torch.tensor([[0.1, 0.4, 0.2, 0.3]])
@@ -22,7 +22,7 @@ PROBABILITIES = torch.tensor([[0.1, 0.4, 0.2, 0.3]])
 def pick(uniform: float, **settings: float) -> int:
     """The token that `select` takes from PROBABILITIES."""
     chosen = GenerationConfig(**{"top_k": 0, "top_p": 1.0, **settings})
-    return int(generate.select(PROBABILITIES.log(), torch.tensor([uniform]), chosen))
+    return int(sampling.select(PROBABILITIES.log(), torch.tensor([uniform]), chosen))
 
 
 def test_select_by_hand() -> None:
@@ -50,7 +50,7 @@ def test_the_distribution_is_that_of_transformers(
     logits = torch.randn(1, 20, generator=torch.Generator().manual_seed(3))
     settings = GenerationConfig(temperature=temperature, top_k=top_k, top_p=top_p)
     grid = (torch.arange(20_000) + 0.5) / 20_000
-    chosen = generate.select(logits.expand(20_000, -1), grid, settings)
+    chosen = sampling.select(logits.expand(20_000, -1), grid, settings)
     found = torch.bincount(chosen, minlength=20) / 20_000
     scores = TemperatureLogitsWarper(temperature)(None, logits)
     scores = TopKLogitsWarper(top_k)(None, scores) if top_k else scores
@@ -63,7 +63,7 @@ def test_greedy_generation_equals_argmax_of_full_forwards() -> None:
     model = small_model().eval()
     prompts = [[5, 6, 7], [9], [20, 21, 22, 23, 24, 25]]
     settings = GenerationConfig(max_length=14, temperature=0)
-    results = generate.generate_ids(model, prompts, settings, [1, 2, 3], end=0)
+    results = sampling.generate_ids(model, prompts, settings, [1, 2, 3], end=0)
     for prompt, (new, likelihood, seconds) in zip(prompts, results, strict=True):
         ids, expected = list(prompt), 0.0
         while len(ids) < 14 and ids[-1] != 0:
@@ -80,8 +80,8 @@ def test_seeds_make_samples_and_rows_are_independent() -> None:
     model = small_model().eval()
     settings = GenerationConfig(max_length=16)
     prompt = [5, 6, 7]
-    alone = generate.generate_ids(model, [prompt], settings, [11], end=0)[0][0]
-    batch = generate.generate_ids(model, [[1], prompt, prompt], settings, [4, 11, 12], end=0)
+    alone = sampling.generate_ids(model, [prompt], settings, [11], end=0)[0][0]
+    batch = sampling.generate_ids(model, [[1], prompt, prompt], settings, [4, 11, 12], end=0)
     assert batch[1][0] == alone
     assert batch[2][0] != alone
 
@@ -90,9 +90,9 @@ def test_end_of_text_ends_a_row_only() -> None:
     """A row that draws the end token stops there; the others go on."""
     model = small_model().eval()
     settings = GenerationConfig(max_length=16, temperature=0)
-    free = [row[0] for row in generate.generate_ids(model, [[3], [8]], settings, [1, 1], end=-1)]
+    free = [row[0] for row in sampling.generate_ids(model, [[3], [8]], settings, [1, 1], end=-1)]
     end = next(token for token in free[0] if token not in free[1])
-    stopped = generate.generate_ids(model, [[3], [8]], settings, [1, 1], end=end)
+    stopped = sampling.generate_ids(model, [[3], [8]], settings, [1, 1], end=end)
     assert stopped[0][0] == free[0][: free[0].index(end) + 1]
     assert stopped[1][0] == free[1]
 
@@ -152,13 +152,13 @@ def test_perplexity_is_that_of_the_model(run: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     directory = run / "run/checkpoints/latest"
-    model, tokenizer = generate.load(directory, torch.device("cpu"), torch.float32)
+    model, tokenizer = sampling.load(directory, torch.device("cpu"), torch.float32)
     settings = GenerationConfig(max_length=30, prompts=("The sea was",), num_samples=1)
-    sample = generate.sample_prompts(model, tokenizer, settings, seed=1)[0]
+    sample = sampling.sample_prompts(model, tokenizer, settings, seed=1)[0]
     prompt = tokenizer.encode("The sea was").ids
-    new, likelihood, _ = generate.generate_ids(
-        model, [prompt], settings, [generate.configuration.derive_seed(1, 0, "sample")],
-        generate.data.end_token(tokenizer),
+    new, likelihood, _ = sampling.generate_ids(
+        model, [prompt], settings, [sampling.configuration.derive_seed(1, 0, "sample")],
+        sampling.data.end_token(tokenizer),
     )[0]  # fmt: skip
     theirs = AutoModelForCausalLM.from_pretrained(directory)
     assert AutoTokenizer.from_pretrained(directory)("The sea was")["input_ids"] == prompt
