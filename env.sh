@@ -30,7 +30,26 @@ _make_environment() {
         PYTHON=$python
         return 0
     fi
+    if ! _has_requirements .venv/bin/python; then
+        # One at a time: several nodes of a cluster may start in one directory.
+        (
+            if command -v flock >/dev/null; then flock 9; fi
+            _fill_environment "$python"
+        ) 9>.venv.lock || return
+    fi
+    PATH="$_root/.venv/bin:$PATH"
+    PYTHON=$_root/.venv/bin/python
+}
+
+_fill_environment() {
+    local python=$1 version
     if [ ! -x .venv/bin/python ]; then
+        version=$("$python" -c 'import sys
+print("%d.%d" % sys.version_info[:2])
+sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))') || {
+            echo "error: $python is Python $version, and 3.10 to 3.13 is needed; activate one" >&2
+            return 3
+        }
         echo "making the Python environment .venv"
         "$python" -m venv .venv || return 3
     fi
@@ -44,8 +63,6 @@ _make_environment() {
             return 3
         }
     fi
-    PATH="$_root/.venv/bin:$PATH"
-    PYTHON=$_root/.venv/bin/python
 }
 
 cd "$_root" || return

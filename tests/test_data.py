@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable
 from hashlib import sha256
@@ -20,10 +21,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, SHARED, in_child, limit
+from helpers import (
+    ROOT,
+    SHARED,
+    command,
+    environment,
+    in_child,
+    limit,
+    train,
+    write_tiny,
+)
 from tokenizers import Tokenizer, processors
 
 import data
+import files
 from config import Config, derive_seed
 from data import SEPARATOR, InputError, TokenDataset, validation_batches
 
@@ -886,3 +897,38 @@ print(json.dumps([peak, children, len(corpus.train) + len(corpus.validation)]))
     print(f"peak {peak:.2f} GB, of a child {children:.2f} GB, {tokens:,} tokens")
     assert peak + children < 1.5
     assert tokens > 1_000_000_000 / 10  # a token of this vocabulary is shorter than 10 bytes
+
+
+def test_a_text_that_is_edited_while_it_is_read_is_refused(tmp_path):
+    """Its tokens would be kept under the hash of the text before: exit 3, and no cache of it."""
+    write_tiny(tmp_path)
+    reference = train(tmp_path, "--dry_run", "data.cache_dir=fresh")
+    words = command("train.py", "--dry_run")
+    text = (tmp_path / "text.txt").read_bytes()
+    with subprocess.Popen(
+        words, cwd=tmp_path, env=environment(FAULT="cache.batch:sleep:1"), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    ) as process:  # fmt: skip
+        while not list(tmp_path.glob("cache/.tmp-tokens-*")):
+            time.sleep(0.05)
+            assert process.poll() is None
+        (tmp_path / "text.txt").write_bytes(text.replace(b"e", b"a"))
+        output = process.communicate()[0]
+    assert process.returncode == 3 and "was changed while it was read" in output, output
+    (tmp_path / "text.txt").write_bytes(text)
+    again = train(tmp_path, "--dry_run")
+    line = next(line for line in reference.stdout.splitlines() if line.startswith("data "))
+    assert again.returncode == 0 and line in again.stdout, again.stdout
+
+
+def test_waiting_for_another_run_is_said(tmp_path):
+    """Two runs on one cache: the second says whom it waits for."""
+    write_tiny(tmp_path)
+    (tmp_path / "cache").mkdir()
+    with files.lock(tmp_path / "cache/.lock"), subprocess.Popen(
+        command("train.py", "--dry_run"), cwd=tmp_path, env=environment(), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    ) as process:  # fmt: skip
+        line = process.stdout.readline()
+        process.kill()
+    assert f"cache: waiting for another run (pid {os.getpid()} on host" in line

@@ -114,6 +114,71 @@ def test_a_signal_during_start_up_keeps_its_exit_code(tmp_path: Path) -> None:
     assert code.read_text() == "143"
 
 
+PROBED = """
+import sys
+import assembly, doors, trainer
+
+def engine(run, plain=trainer.engine):  # as on a GPU: fit_memory before the first step
+    run.tracker = type("Tracker", (), {"log": staticmethod(lambda line: print(line, flush=True))})
+    assembly.fit_memory(run)
+    return plain(run)
+
+trainer.engine = engine
+sys.argv = sys.argv[1:]
+import train
+doors.run(train.main)
+"""
+
+
+@pytest.mark.parametrize("fault", ["", "probe:memory:1"])
+def test_the_memory_probe_leaves_sharded_training_alone(
+    reference: Path, tmp_path: Path, fault: str
+) -> None:
+    """FSDP keeps unshared gradients, and cannot go on after a backward pass that ran out."""
+    write_tiny(tmp_path)
+    (tmp_path / "probed.py").write_text(PROBED)
+    words = command("train.py", "--train_steps", "20", *SETTINGS, "training.parallel=fsdp")[1:]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    result = call(tmp_path, [*launcher, "probed.py", *words], PYTHONPATH=str(ROOT), FAULT=fault)
+    assert result.returncode == 0, result.stdout
+    assert ("it fits; to make that permanent" in result.stdout) == bool(fault), result.stdout
+    assert losses(tmp_path) == pytest.approx(losses(reference), abs=1e-4)
+
+
+def test_train_sh_with_two_processes_and_a_signal(reference: Path, tmp_path: Path) -> None:
+    """SIGUSR1, a cluster's warning, goes through torchrun: saved, 138, nobody left, and resumed."""
+    write_tiny(tmp_path)
+    words = [
+        str(ROOT / "train.sh"), "--config", "tiny.yaml", "--input_file", "text.txt", "--save_dir",
+        "run/checkpoints", "--log_dir", "run/logs", f"data.cache_dir={tmp_path}/cache", *SETTINGS,
+        "training.train_steps=20",
+    ]  # fmt: skip
+    settings = {"NO_INSTALL": "1", "NNODES": "1", "NPROC_PER_NODE": "2"}
+    process = subprocess.Popen(
+        words, cwd=tmp_path, env=environment(**settings, FAULT="step.forward:sleep:16"), text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )  # fmt: skip
+    output = ""
+    for line in process.stdout:
+        output += line
+        if "step  5/20" in line:
+            process.send_signal(signal.SIGUSR1)
+            break
+    output += process.communicate(timeout=60)[0]
+    assert process.returncode == 138, output
+    assert "stopped by a signal" in output and "2 processes" in output
+    with files.lock(tmp_path / "run/checkpoints/.lock"):  # nobody holds it any more
+        pass
+    again = call(tmp_path, words, **settings)
+    assert again.returncode == 0, again.stdout
+    found = losses(tmp_path)
+    assert {step: found[step] for step in range(1, 21)} == pytest.approx(
+        losses(reference), abs=1e-4
+    )
+    assert step_directory(tmp_path, 24).is_dir()  # phase 2, two processes as well
+
+
 FAILS = """
 import sys, doors
 from config import ConfigError

@@ -90,3 +90,23 @@ def test_plots_of_nothing_and_of_something(tmp_path: Path) -> None:
     full = [path.read_bytes() for path in plots.draw(events, tmp_path)]
     assert len(full) == 4 and all(a != b for a, b in zip(empty, full, strict=True))
     assert "Abc" in (tmp_path / "samples.txt").read_text()
+
+
+def test_line_separators_within_a_text_are_no_line_ends(tmp_path: Path) -> None:
+    """U+2028, U+0085 and the like come with texts from the web; a resume keeps their lines."""
+    path = tmp_path / "metrics.jsonl"
+    first, _ = metrics(path, 0)
+    for step in (1, 2):
+        first.append({"event": "sample", "step": step, "text": "a\u2028b\u0085c\x1cd"})
+    again, said = metrics(path, 2)
+    assert said == [] and again.events == first.events
+    assert len(path.read_bytes().splitlines()) == 2
+
+
+def test_lines_that_are_no_events_are_dropped_and_named(tmp_path: Path) -> None:
+    """Half a line, and JSON that is not ours."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"event": "train", "step": 1}\n{"step": 1}\n[]\n{"event": "tr')
+    again, said = metrics(path, 1)
+    assert [event["event"] for event in again.events] == ["train"]
+    assert len(said) == 3 and all("was dropped" in line for line in said)
