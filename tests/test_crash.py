@@ -294,11 +294,12 @@ def test_a_full_disk_for_the_log_does_not_stop_the_run(reference: Path, tmp_path
 # --- two runs, one directory ---------------------------------------------------------------------
 
 
-def test_two_runs_on_one_directory(tmp_path: Path) -> None:
-    """L1: in 20 tries of 20 exactly one goes on, the other exits 5 in 10 s naming pid and host."""
+@pytest.mark.parametrize("tries", [20, pytest.param(200, marks=pytest.mark.slow)])
+def test_two_runs_on_one_directory(tmp_path: Path, tries: int) -> None:
+    """L1: each time exactly one goes on, the other exits 5 in 10 s naming pid and host."""
     write_tiny(tmp_path)
     assert train(tmp_path, "--dry_run").returncode == 0  # fills the token cache
-    for _ in range(20):
+    for _ in range(tries):
         words = command("train.py", *RESUME, "--train_steps", "9999")
         pair = [
             subprocess.Popen(

@@ -294,10 +294,11 @@ def test_odd_but_sound_text_is_accepted_whole(tmp_path, settings, case):
 
 
 @pytest.mark.parametrize("character", ["a", "\u6f22", " ", "\n"])
-def test_one_line_of_megabytes_is_accepted_whole(tmp_path, settings, character):
-    """I1: 5 MB without a place to cut: no endless loop, and not a character is lost."""
-    text = character * (5 * MB // len(character.encode()))
-    corpus = prepare(settings(), write(tmp_path, text), seconds=60)
+@pytest.mark.parametrize("megabytes", [5, pytest.param(100, marks=pytest.mark.slow)])
+def test_one_line_of_megabytes_is_accepted_whole(tmp_path, settings, character, megabytes):
+    """I1: megabytes without a place to cut: no endless loop, and not a character is lost."""
+    text = character * (megabytes * MB // len(character.encode()))
+    corpus = prepare(settings(), write(tmp_path, text), seconds=12 * megabytes)
     assert corpus.tokenizer.decode(tokens_of(corpus), skip_special_tokens=False) == text
 
 

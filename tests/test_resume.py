@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT, call, digest, events, losses, step_directory, train, write_tiny
+from safetensors.torch import load_file
 
 KEEP_ALL = "checkpoint.keep_last=99"
 
@@ -44,15 +45,20 @@ def test_resume_at_every_step_is_bitwise(reference: Path, tmp_path: Path, step: 
         assert [ours[key] for key in timeless] == [theirs[key] for key in timeless]
 
 
-def test_twelve_runs_of_one_step_equal_one_run(reference: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", [12, pytest.param(40, marks=pytest.mark.slow)])
+def test_runs_of_one_step_equal_one_run(tmp_path: Path, steps: int) -> None:
     """K5: a run that is stopped after every single step ends at the same bits."""
-    write_tiny(tmp_path)
-    for step in range(1, 13):
-        result = train(tmp_path, "--resume", "auto", FAULT="step.forward:term:3")
-        assert result.returncode == (143 if step < 12 else 0), result.stdout
-        assert step_directory(tmp_path, step).is_dir(), result.stdout
-    assert digest(tmp_path) == digest(reference)
-    assert losses(tmp_path) == losses(reference)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    words = ("--resume", "auto", "--train_steps", str(steps))
+    write_tiny(whole)
+    assert train(whole, *words).returncode == 0
+    write_tiny(parts)
+    for step in range(1, steps + 1):
+        result = train(parts, *words, FAULT="step.forward:term:3")
+        assert result.returncode == (143 if step < steps else 0), result.stdout
+        assert step_directory(parts, step).is_dir(), result.stdout
+    assert digest(parts, steps) == digest(whole, steps)
+    assert losses(parts) == losses(whole)
 
 
 @pytest.mark.parametrize(
@@ -183,6 +189,44 @@ def test_gradient_checkpointing_is_saved_and_loaded_crosswise(
     result = train(tmp_path, "--resume", "auto", f"training.gradient_checkpointing={mode}")
     assert result.returncode == 0, result.stdout
     assert losses(tmp_path) == pytest.approx(losses(reference), abs=1e-6)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiled_and_eager_runs_continue_each_other(tmp_path: Path) -> None:
+    """E5: compiled, then eager: the same keys, and the losses of an eager run."""
+    plain, mixed = tmp_path / "plain", tmp_path / "mixed"
+    for directory in (plain, mixed):
+        write_tiny(directory)
+    assert train(plain, "training.precision=fp32").returncode == 0
+    words = ("--resume", "auto", "training.precision=fp32")
+    for compiled, fault in (("true", "step.forward:term:9"), ("false", "")):
+        result = train(mixed, *words, f"training.compile={compiled}", FAULT=fault)
+        assert result.returncode == (143 if fault else 0), result.stdout
+        assert "Traceback" not in result.stdout
+    assert losses(mixed) == pytest.approx(losses(plain), abs=1e-4)
+    keys = [
+        list(load_file(step_directory(directory, 12) / "model.safetensors"))
+        for directory in (plain, mixed)
+    ]
+    assert keys[0] == keys[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", ["false", "true"])
+def test_resume_on_the_gpu_is_bitwise(tmp_path: Path, compiled: str) -> None:
+    """E8 in small, promise 2: deterministic, stopped and resumed, on one GPU."""
+    words = ("training.deterministic=true", "training.device=cuda", f"training.compile={compiled}")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for directory in (whole, parts):
+        write_tiny(directory)
+    result = train(whole, *words, timeout=600)
+    assert result.returncode == 0, result.stdout
+    stopped = train(parts, *words, FAULT="step.forward:term:11", timeout=600)
+    assert stopped.returncode == 143, stopped.stdout
+    resumed = train(parts, *words, "--resume", "auto", timeout=600)
+    assert resumed.returncode == 0, resumed.stdout
+    assert digest(parts) == digest(whole)
+    assert losses(parts) == losses(whole)
 
 
 def test_deterministic_run_with_dropout_resumes_bitwise(tmp_path: Path) -> None:

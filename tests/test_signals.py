@@ -27,6 +27,7 @@ from helpers import (
 
 RESUME = ("--resume", "auto")
 SETTINGS = ("training.eval_steps=5", "training.sample_steps=7")
+SLOW = pytest.mark.slow
 CODES = {"term": 143, "int": 130, "hup": 129, "usr1": 138}
 PHASES = {
     "import": "start.import:{}:1",
@@ -50,9 +51,12 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.mark.parametrize("again", [0, *(pytest.param(n, marks=SLOW) for n in range(1, 5))])
 @pytest.mark.parametrize("name", CODES)
 @pytest.mark.parametrize("phase", PHASES)
-def test_signal_in_each_phase(reference: Path, tmp_path: Path, phase: str, name: str) -> None:
+def test_signal_in_each_phase(
+    reference: Path, tmp_path: Path, phase: str, name: str, again: int
+) -> None:
     """S1: saved and gone within 30 s with 128 + n; the same command again ends the same."""
     write_tiny(tmp_path)
     began = time.monotonic()
@@ -63,8 +67,8 @@ def test_signal_in_each_phase(reference: Path, tmp_path: Path, phase: str, name:
     if phase in ("step", "evaluate", "sample", "save"):
         assert (tmp_path / "run/checkpoints/latest").exists(), result.stdout
         assert "stopped by a signal" in result.stdout
-    again = train(tmp_path, *SETTINGS, *RESUME)
-    assert again.returncode == 0, again.stdout
+    finished = train(tmp_path, *SETTINGS, *RESUME)
+    assert finished.returncode == 0, finished.stdout
     assert digest(tmp_path) == digest(reference)
     ours, theirs = losses(tmp_path), losses(reference)
     assert ours == {step: theirs[step] for step in range(1, 13)}
@@ -104,10 +108,13 @@ def _wait_for(process: subprocess.Popen[str], text: str) -> str:
     raise AssertionError(f"{text!r} never came:\n{''.join(lines)}")
 
 
-def test_second_interrupt_ends_at_once(reference: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "point", ["save.begin", "save.weights", "save.files", "save.hashed", "save.manifest"]
+)
+def test_second_interrupt_ends_at_once(reference: Path, tmp_path: Path, point: str) -> None:
     """S2: a second Ctrl-C during the save: gone at once, the checkpoints before it are whole."""
     write_tiny(tmp_path)
-    process = _start(tmp_path, command("train.py", *RESUME), FAULT="save.weights:sleep:3")
+    process = _start(tmp_path, command("train.py", *RESUME), FAULT=f"{point}:sleep:3")
     _wait_for(process, "saved run/checkpoints/step_000004")
     _wait_for(process, "step  6/12")
     process.send_signal(signal.SIGINT)
@@ -122,7 +129,8 @@ def test_second_interrupt_ends_at_once(reference: Path, tmp_path: Path) -> None:
     assert left_overs(tmp_path) == []
 
 
-def test_fifty_signals_in_a_second(reference: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("pause", [0.0, 0.001, 0.005, 0.02, 0.04])
+def test_fifty_signals_in_a_second(tmp_path: Path, pause: float) -> None:
     """S2: a storm of SIGTERM and SIGUSR1: one orderly save."""
     write_tiny(tmp_path)
     process = _start(tmp_path, command("train.py", *RESUME, "--train_steps", "5000"))
@@ -130,7 +138,7 @@ def test_fifty_signals_in_a_second(reference: Path, tmp_path: Path) -> None:
     for number in range(50):
         if process.poll() is None:
             process.send_signal((signal.SIGTERM, signal.SIGUSR1)[number % 2])
-        time.sleep(0.02)
+        time.sleep(pause)
     output = process.communicate(timeout=30)[0]
     assert process.returncode == 143, output
     assert "stopped by a signal" in output and "Traceback" not in output

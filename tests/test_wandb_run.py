@@ -51,6 +51,18 @@ def records_of(directory: Path) -> list:
     return [record for path in paths for record in read_records(path)]
 
 
+def artifacts_of(records: list) -> list:
+    """The artifacts that were logged."""
+    found = []
+    for record in records:
+        kind = record.WhichOneof("record_type")
+        if kind == "artifact":
+            found.append(record.artifact)
+        elif kind == "request" and record.request.HasField("log_artifact"):
+            found.append(record.request.log_artifact.artifact)
+    return found
+
+
 def history_of(records: list) -> list[dict]:
     """The logged rows."""
     rows = []
@@ -91,12 +103,7 @@ def test_offline_files_hold_everything(tmp_path: Path) -> None:
     runs = {r.run.run_id for r in records if r.WhichOneof("record_type") == "run"}
     assert len(runs) == 1
     assert runs == {(tmp_path / "run/checkpoints/wandb_run_id").read_text().strip()}
-    artifacts = [
-        r.request.log_artifact.artifact if r.WhichOneof("record_type") == "request" else r.artifact
-        for r in records
-        if r.WhichOneof("record_type") == "artifact"
-        or (r.WhichOneof("record_type") == "request" and r.request.HasField("log_artifact"))
-    ]
+    artifacts = artifacts_of(records)
     kinds = {artifact.type for artifact in artifacts}
     assert {"model", "logs", "code", "run_table"} <= kinds
     models = [a for a in artifacts if a.type == "model"]
@@ -112,6 +119,25 @@ def test_offline_files_hold_everything(tmp_path: Path) -> None:
     same = [p for p in tmp_path.rglob("*") if p.is_file() and p.stat().st_size == size]
     assert {p.name for p in same} == {"model.safetensors"}  # W&B keeps no copies of the weights
     assert all("checkpoints" in p.parts for p in same)
+
+
+@pytest.mark.parametrize(
+    ("log_model", "aliases"),
+    [
+        ("false", []),
+        ("true", [{"final", "phase-1"}]),  # the last checkpoint is the best one too
+        ("all", [{"step-6"}, {"step-12"}]),
+    ],
+)
+def test_which_models_are_logged(tmp_path: Path, log_model: str, aliases: list[set]) -> None:
+    """Of none, of best and final, of each checkpoint."""
+    write_tiny(tmp_path)
+    home = {"HOME": str(tmp_path / "home"), "XDG_CACHE_HOME": str(tmp_path / "home/cache")}
+    words = ("wandb.mode=offline", f"wandb.log_model={log_model}", "training.save_steps=6")
+    result = train(tmp_path, *SETTINGS, *words, **home)
+    assert result.returncode == 0, result.stdout
+    models = [a for a in artifacts_of(records_of(tmp_path)) if a.type == "model"]
+    assert [set(artifact.aliases) - {"latest"} for artifact in models] == aliases
 
 
 @pytest.mark.parametrize(
