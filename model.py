@@ -119,7 +119,7 @@ def choose_attention(
         raise ConfigError(
             [
                 f"model.attention: flash_attn cannot be imported ({error}); "
-                "pip install -r requirements-gpu.txt, or use auto"
+                "pip install --no-build-isolation -r requirements-gpu.txt, or use auto"
             ]
         ) from error
     return function, f"{name} ({'asked for' if wanted == 'flash_attn' else 'installed'})"

@@ -13,7 +13,7 @@
 
 set -uo pipefail
 start_directory=$PWD
-cd "$(dirname "$0")" || exit 1
+cd "$(dirname "$(readlink -f "$0")")" || exit 1 # also through a link to this script
 
 config="" input_file=input.txt save_dir=checkpoints log_dir=logs
 overrides=()
@@ -26,7 +26,15 @@ while [ $# -gt 0 ]; do
         declare "${1#--}=$(absolute "$2")"
         shift 2
         ;;
-    -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    --config=* | --input_file=* | --save_dir=* | --log_dir=*)
+        set -- "${1%%=*}" "${1#*=}" "${@:2}"
+        ;;
+    tokenizer.source=gpt2 | tokenizer.source=train) overrides+=("$1"); shift ;;
+    tokenizer.source=* | data.cache_dir=*)
+        overrides+=("${1%%=*}=$(absolute "${1#*=}")")
+        shift
+        ;;
+    -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' train.sh; exit 0 ;;
     -*) echo "error: unknown flag $1 (see ./train.sh --help)" >&2; exit 2 ;;
     *) overrides+=("$1"); shift ;;
     esac

@@ -210,13 +210,16 @@ def test_fault_at_a_named_point(reference: Path, tmp_path: Path, point: str, act
     finish(tmp_path, reference)
 
 
-def test_an_error_of_ours_lets_the_checkpoint_be_written(reference: Path, tmp_path: Path) -> None:
-    """A bug in step 5 while step 4 is still being written (a slow disk): step 4 is whole."""
+@pytest.mark.parametrize(("action", "said"), [("error", "Input/output error"), ("memory", "full")])
+def test_an_error_in_a_step_lets_the_checkpoint_be_written(
+    reference: Path, tmp_path: Path, action: str, said: str
+) -> None:
+    """Something fails in step 5 while step 4 is still being written (a slow disk): it is whole."""
     write_tiny(tmp_path)
     slow = "import os, time\n_sync = os.fsync\nos.fsync = lambda fd: (time.sleep(0.1), _sync(fd))\n"
     (tmp_path / "sitecustomize.py").write_text(slow)
-    result = train(tmp_path, FAULT="step.forward:error:9", PYTHONPATH=str(tmp_path))
-    assert result.returncode == 1 and "should not happen" in result.stdout, result.stdout
+    result = train(tmp_path, FAULT=f"step.forward:{action}:9", PYTHONPATH=str(tmp_path))
+    assert result.returncode == 3 and said in result.stdout, result.stdout
     assert step_directory(tmp_path, 4).is_dir(), result.stdout
     assert left_overs(tmp_path) == []
     finish(tmp_path, reference)

@@ -140,8 +140,9 @@ def test_fifty_signals_in_a_second(tmp_path: Path, pause: float) -> None:
             process.send_signal((signal.SIGTERM, signal.SIGUSR1)[number % 2])
         time.sleep(pause)
     output = process.communicate(timeout=30)[0]
-    assert process.returncode == 143, output
-    assert "stopped by a signal" in output and "Traceback" not in output
+    # Two that wait together are handled by their number, not in the order in which they were sent.
+    assert process.returncode in (143, 138), output
+    assert output.count("stopped by a signal") == 1 and "Traceback" not in output
     verify = call(tmp_path, [command("checkpoint.py")[0], str(ROOT / "checkpoint.py"), "verify",
                              "run/checkpoints"])  # fmt: skip
     assert verify.returncode == 0, verify.stdout

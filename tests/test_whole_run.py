@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -205,3 +206,20 @@ def test_train_sh_answers_for_itself(tmp_path: Path) -> None:
     gone = call(tmp_path, [script, "--config", "tiny.yaml", "--input_file", "no"], NO_INSTALL="1")
     assert gone.returncode == 3
     assert "Traceback" not in gone.stdout
+
+
+def test_train_sh_through_a_link_with_paths_of_the_caller(tmp_path: Path) -> None:
+    """Every path is relative to where the command was typed; both forms of a flag are known."""
+    write_tiny(tmp_path)
+    (tmp_path / "go").symlink_to(ROOT / "train.sh")
+    assert "DEBUG=1" in call(tmp_path, ["./go", "--help"]).stdout
+    words = ["./go", "--config=tiny.yaml", "--input_file", "text.txt", "--save_dir=run/checkpoints"]
+    words += ["--log_dir=run/logs", "data.cache_dir=mine", "training.train_steps=2"]
+    first = call(tmp_path, words, NO_INSTALL="1")
+    assert first.returncode == 0, first.stdout
+    assert list((tmp_path / "mine").glob("tokens-*")) and step_directory(tmp_path, 6).is_dir()
+    shutil.copy(step_directory(tmp_path, 6) / "tokenizer.json", tmp_path / "my.json")
+    again = [word.replace("run/", "second/") for word in words]
+    second = call(tmp_path, [*again, "tokenizer.source=my.json"], NO_INSTALL="1")
+    assert second.returncode == 0, second.stdout
+    assert step_directory(tmp_path, 6, "second").is_dir()
