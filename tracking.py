@@ -98,7 +98,8 @@ class Metrics:
             if path.exists() and step > 0 and known == run_id:
                 self._cut_back(step)
             elif path.exists():
-                os.rename(path, self._number())
+                os.rename(path, older := self._number())
+                log(f"{older} keeps the metrics of the run that was logged here before")
             id_file.write_text(run_id + "\n", encoding="utf-8")
         except OSError as error:
             raise LogError(
@@ -116,12 +117,14 @@ class Metrics:
     def _cut_back(self, step: int) -> None:
         """Keep the whole lines up to `step`, the others only if they led to a checkpoint."""
         kept, saved_later = [], False
-        for line in self.path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        # Not splitlines(): it would also split at the U+2028 of a text.
+        for line in filter(None, self.path.read_text("utf-8", "replace").split("\n")):
             try:
-                event = json.loads(line) if line else {"step": step + 1, "event": ""}
+                event = json.loads(line)
+                kind = event["event"] + ""  # TypeError: it is not ours
                 if event["step"] > step:
-                    saved_later |= event["event"] == "checkpoint"
-                elif isinstance(event["event"], str):
+                    saved_later |= kind == "checkpoint"
+                else:
                     kept.append(line)
                     self.events.append(event)
             except (ValueError, KeyError, TypeError):
