@@ -134,10 +134,10 @@ def _catch_up(run: Run) -> None:
         run.tracker.log(f"step {step}: its evaluation was interrupted; evaluating now")
         _evaluate(run, step)
         if run.progress.val_loss is not None:
-            save(run)
             if _is_due(run, step, run.training.sample_steps):
                 _sample(run, step)
             run.tracker.draw(step)
+            save(run)
 
 
 def _train(run: Run) -> bool:
@@ -177,12 +177,12 @@ def _train(run: Run) -> bool:
             if due[1] and not stop:
                 _evaluate(run, step)
             stop = stop or run.interrupted()
-            if due[3] or stop:
-                save(run)
-            if due[2] and not stop:  # after saving: the text is not worth a step
+            if due[2] and not stop:
                 _sample(run, step)
             if (due[1] or due[2]) and not stop:
                 run.tracker.draw(step)
+            if due[3] or stop:  # last: what a kill cuts short before it is done again
+                save(run)
         if stop:
             break
     if unread is not None:
