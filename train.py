@@ -131,7 +131,11 @@ def start(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     dry_run = getattr(arguments, "dry_run", False)
     writes = doors.is_main_process() and not dry_run
-    with files.hold(arguments.log_dir, "--log_dir") if writes else contextlib.nullcontext():
+    held = os.path.realpath(arguments.log_dir) == os.path.realpath(arguments.save_dir)
+    logs = contextlib.nullcontext()
+    if writes and not held:
+        logs = files.hold(arguments.log_dir, "--log_dir")
+    with logs:
         faults.point("start.import")
         import trainer  # imports torch: after everything that can be checked without it
 

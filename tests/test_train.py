@@ -158,6 +158,15 @@ def test_one_log_dir_for_two_runs(copy: Path) -> None:
     assert f"run/logs: is in use by another run (pid {process.pid}" in refused.stdout
 
 
+def test_one_directory_for_checkpoints_and_logs(tmp_path: Path) -> None:
+    """The run does not lock itself out, and goes on in it."""
+    write_tiny(tmp_path)
+    for words in (("--train_steps", "4"), ("--resume", "auto")):
+        result = train(tmp_path, "--save_dir", "all", "--log_dir", "./all", *words)
+        assert result.returncode == 0, result.stdout
+    assert (tmp_path / "all/step_000012").is_dir() and (tmp_path / "all/metrics.jsonl").exists()
+
+
 @pytest.mark.parametrize("name", ["logs/metrics.jsonl", "checkpoints/wandb_run_id"])
 def test_a_directory_in_the_place_of_a_file(copy: Path, name: str) -> None:
     """The disk's state, not a bug: exit 3, the path is named."""
