@@ -8,5 +8,5 @@ cd "$(dirname "$0")/.." || exit 1
 REQUIREMENTS="requirements.txt requirements-dev.txt"
 source ./env.sh || exit
 export WANDB_MODE=${WANDB_MODE:-disabled}
-echo "seeds: ${SEED:-the tests' own; SEED=n sets another for flips, fuzz and kills while saving}"
+echo "seeds: ${SEED:-as written in the tests; SEED=n sets another for flips, fuzz and kills while saving}"
 exec "$PYTHON" -m pytest tests -n auto "$@"
