@@ -98,7 +98,7 @@ if [ "$GPUS" -gt 1 ] || [ -n "${NNODES:-}" ]; then
     # torchrun passes only these on, and has its processes killed when they take longer to save
     # (https://docs.pytorch.org/docs/stable/elastic/run.html; read as PET_<option>).
     export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGUSR1}
-    export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-600}
+    export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-120}
     EXIT_CODE_FILE=$(mktemp)
     export EXIT_CODE_FILE
     trap 'rm -f "$EXIT_CODE_FILE"' EXIT

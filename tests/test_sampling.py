@@ -69,7 +69,7 @@ def test_greedy_generation_equals_argmax_of_full_forwards() -> None:
         while len(ids) < 14 and ids[-1] != 0:
             scores = model(torch.tensor([ids]))[0, -1].log_softmax(-1)
             ids.append(int(scores.argmax()))
-            expected += float(scores.max())
+            expected += scores.max().item()
         assert new == ids[len(prompt) :]
         assert likelihood == pytest.approx(expected, abs=1e-3)
         assert seconds > 0
