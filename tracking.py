@@ -89,7 +89,6 @@ class Metrics:
     def __init__(self, path: Path, step: int, run_id: str, log: Callable[[str], None]) -> None:
         self.path, self.log = path, log
         self.lock = threading.Lock()  # the checkpoint writer's thread appends too
-        self.events: list[dict[str, Any]] = []
         self.waiting: list[str] = []  # lines that could not be written yet
         self.failing = False
         id_file = path.with_name("wandb_run_id")
@@ -126,7 +125,6 @@ class Metrics:
                     saved_later |= kind == "checkpoint"
                 else:
                     kept.append(line)
-                    self.events.append(event)
             except (ValueError, KeyError, TypeError):
                 self.log(f"{self.path}: a torn line was dropped: {line[:60]!r}")
         if saved_later:
@@ -138,13 +136,18 @@ class Metrics:
         files.flush(temporary)
         os.replace(temporary, self.path)
 
+    def events(self) -> list[dict[str, Any]]:
+        """Every event so far, read from the file: in memory they would grow with the run."""
+        with self.lock:
+            text = self.path.read_text("utf-8") if self.path.exists() else ""
+            return [json.loads(line) for line in (text + "".join(self.waiting)).split("\n") if line]
+
     def append(self, event: dict[str, Any]) -> None:
         """Add one event. Where the disk is full the line waits for the next try."""
         with self.lock:
             self._append(event)
 
     def _append(self, event: dict[str, Any]) -> None:
-        self.events.append(event)
         self.waiting.append(json.dumps(event, ensure_ascii=False) + "\n")
         try:
             with open(self.path, "a", encoding="utf-8") as file:
@@ -269,8 +272,13 @@ class Tracker:
 
     def samples(self, step: int) -> None:
         """Tell W&B of all samples so far."""
-        if self.enabled:
-            rows = [event for event in self.metrics.events if event["event"] == "sample"]
+        if not self.enabled:
+            return
+        try:
+            rows = [event for event in self.metrics.events() if event["event"] == "sample"]
+        except (OSError, ValueError) as error:
+            self.log(f"the samples could not be read: {error}")
+        else:
             self.wandb.samples(step, rows)
 
     def draw(self, step: int) -> None:
@@ -280,7 +288,7 @@ class Tracker:
         import plots  # matplotlib takes a second to import: not before the first evaluation
 
         try:
-            self.wandb.images(step, plots.draw(self.metrics.events, self.log_dir))
+            self.wandb.images(step, plots.draw(self.metrics.events(), self.log_dir))
         except Exception as error:  # matplotlib's too
             self.log(f"the plots could not be drawn: {error!r}")
 

@@ -33,7 +33,7 @@ def test_each_step_stands_once_after_resumes(tmp_path: Path) -> None:
     for step in range(5, 9):
         second.append({"event": "train", "step": step})
     assert steps(path) == list(range(1, 9)) and said == []
-    assert [event["step"] for event in second.events] == list(range(1, 9))
+    assert [event["step"] for event in second.events()] == list(range(1, 9))
 
 
 def test_a_torn_last_line_is_dropped_and_named(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_line_separators_within_a_text_are_no_line_ends(tmp_path: Path) -> None:
     for step in (1, 2):
         first.append({"event": "sample", "step": step, "text": "a\u2028b\u0085c\x1cd"})
     again, said = metrics(path, 2)
-    assert said == [] and again.events == first.events
+    assert said == [] and again.events() == first.events()
     assert len(path.read_bytes().splitlines()) == 2
 
 
@@ -108,5 +108,5 @@ def test_lines_that_are_no_events_are_dropped_and_named(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"event": "train", "step": 1}\n{"step": 1}\n[]\n{"event": "tr')
     again, said = metrics(path, 1)
-    assert [event["event"] for event in again.events] == ["train"]
+    assert [event["event"] for event in again.events()] == ["train"]
     assert len(said) == 3 and all("was dropped" in line for line in said)
