@@ -136,7 +136,7 @@ def _catch_up(run: Run) -> None:
         if run.progress.val_loss is not None:
             if _is_due(run, step, run.training.sample_steps):
                 _sample(run, step)
-            run.tracker.draw(step)
+            _draw(run, step)
             save(run)
 
 
@@ -180,7 +180,7 @@ def _train(run: Run) -> bool:
             if due[2] and not stop:
                 _sample(run, step)
             if (due[1] or due[2]) and not stop:
-                run.tracker.draw(step)
+                _draw(run, step)
             if due[3] or stop:  # last: what a kill cuts short before it is done again
                 save(run)
         if stop:
@@ -259,7 +259,6 @@ def _evaluate(run: Run, step: int) -> None:
         seconds=time.monotonic() - started,
     )
     _histograms(run, step)
-    gc.collect()
 
 
 def _histograms(run: Run, step: int) -> None:
@@ -295,6 +294,12 @@ def _sample(run: Run, step: int) -> None:
     for sample in samples:
         run.tracker.event("sample", step, **dataclasses.asdict(sample))
     run.tracker.samples(step)
+
+
+def _draw(run: Run, step: int) -> None:
+    """Renew the plots, then collect garbage, which the step loop does not: figures are cycles."""
+    run.tracker.draw(step)
+    gc.collect()
 
 
 def save(run: Run) -> None:
@@ -416,7 +421,7 @@ def engine(run: Run) -> Iterator[None]:
                 backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
                 backends += [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # fp32: these alone
             stack.enter_context(sdpa_kernel(backends, set_priority=True))
-        # No collections in the step loop (they pause it for up to half a second): see _evaluate.
+        # No collections in the step loop (they pause it for up to half a second): see _draw.
         gc.collect()
         gc.freeze()
         gc.disable()
