@@ -319,9 +319,7 @@ def describe(run: Run) -> list[str]:
 
 def check_disk(run: Run, log: Callable[[str], None]) -> None:
     """There must be room for a checkpoint; warn if not for all that retention keeps."""
-    directory = run.job.save_dir
-    while not directory.exists():
-        directory = directory.parent
+    directory = files.nearest(run.job.save_dir)
     size = 12 * models.parameter_count(run.config.model)  # fp32 weights and two Adam moments
     files.require_space(directory, size + size // 10)
     wanted = (run.config.checkpoint.keep_last + 3) * size

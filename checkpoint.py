@@ -159,7 +159,7 @@ class Writer:
     `save` returns once the tensors are copied to host memory; writing, hashing and fsync go on in
     a thread. There is at most one write under way: a second `save` waits for the first. `wait`
     ends the last write. An error of the disk is logged and the run goes on: the next save tries
-    again; only `wait(final=True)` raises it. Any other error is a bug, and every `wait` raises it.
+    again; only `wait(final=True)` raises it. Any other error is a bug; the next `wait` raises it.
     """
 
     def __init__(

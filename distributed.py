@@ -50,12 +50,6 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def barrier() -> None:
-    """Wait until every process is here."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def wait_for_main() -> None:
     """A barrier for what rank 0 does alone and what may take hours: tokenizing a large text."""
     if dist.is_initialized():

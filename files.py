@@ -124,9 +124,7 @@ def hold(directory: Path, flag: str) -> Iterator[list[str]]:
 
 def require_usable(directory: Path, flag: str) -> None:
     """Raise DirectoryError where a directory cannot be made or written. Writes nothing."""
-    place = directory
-    while not os.path.lexists(place):
-        place = place.parent
+    place = nearest(directory)
     why = None
     if not os.path.isdir(place):
         why = "is not a directory"
@@ -136,6 +134,13 @@ def require_usable(directory: Path, flag: str) -> None:
         raise DirectoryError(
             f"{flag} {directory}: {place} {why}; name a directory that can be written"
         )
+
+
+def nearest(path: Path) -> Path:
+    """The path itself, or the nearest of its parents that is there."""
+    while not os.path.lexists(path):
+        path = path.parent
+    return path
 
 
 def sha256(path: Path) -> str:

@@ -37,6 +37,7 @@ class _Console(logging.Handler):
     """Lines on stdout, above a progress bar if there is one. A console that went away is let go."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Print one line; where that fails, say so in the log file and print no more."""
         try:
             tqdm.write(self.format(record), file=sys.stdout)
             sys.stdout.flush()
@@ -52,6 +53,7 @@ class _LogFile(RotatingFileHandler):
     failed = False
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        """Called by logging where a line could not be written."""
         if not self.failed:
             self.failed = True
             print(f"{self.baseFilename}: {sys.exc_info()[1]}; the run goes on", file=sys.stderr)
@@ -270,25 +272,18 @@ class Tracker:
             )
         return None
 
-    def samples(self, step: int) -> None:
-        """Tell W&B of all samples so far."""
-        if not self.enabled:
-            return
-        try:
-            rows = [event for event in self.metrics.events() if event["event"] == "sample"]
-        except (OSError, ValueError) as error:
-            self.log(f"the samples could not be read: {error}")
-        else:
-            self.wandb.samples(step, rows)
-
     def draw(self, step: int) -> None:
-        """Renew the plots; a plot that cannot be drawn must not stop the run."""
+        """Renew the plots and the page and table of samples; what fails must not stop the run."""
         if not self.enabled:
             return
         import plots  # matplotlib takes a second to import: not before the first evaluation
 
         try:
-            self.wandb.images(step, plots.draw(self.metrics.events(), self.log_dir))
+            events = self.metrics.events()
+            samples = [event for event in events if event["event"] == "sample"]
+            if samples and samples[-1]["step"] == step:
+                self.wandb.samples(step, samples)
+            self.wandb.images(step, plots.draw(events, self.log_dir))
         except Exception as error:  # matplotlib's too
             self.log(f"the plots could not be drawn: {error!r}")
 

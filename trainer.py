@@ -132,11 +132,7 @@ def _catch_up(run: Run) -> None:
         and _is_due(run, step, run.training.eval_steps)
     ):
         run.tracker.log(f"step {step}: its evaluation was interrupted; evaluating now")
-        _evaluate(run, step)
-        if run.progress.val_loss is not None:
-            if _is_due(run, step, run.training.sample_steps):
-                _sample(run, step)
-            _draw(run, step)
+        if _look(run, step, True, _is_due(run, step, run.training.sample_steps)):
             save(run)
 
 
@@ -174,13 +170,7 @@ def _train(run: Run) -> bool:
                 announced = True
             since = step
         with watch.pause():
-            if due[1] and not stop:
-                _evaluate(run, step)
-            stop = stop or run.interrupted()
-            if due[2] and not stop:
-                _sample(run, step)
-            if (due[1] or due[2]) and not stop:
-                _draw(run, step)
+            stop = stop or not _look(run, step, due[1], due[2])
             if due[3] or stop:  # last: what a kill cuts short before it is done again
                 save(run)
         if stop:
@@ -293,13 +283,20 @@ def _sample(run: Run, step: int) -> None:
     samples = sampling.sample_prompts(model, run.corpus.tokenizer, run.config.generation, seed)
     for sample in samples:
         run.tracker.event("sample", step, **dataclasses.asdict(sample))
-    run.tracker.samples(step)
 
 
-def _draw(run: Run, step: int) -> None:
-    """Renew the plots, then collect garbage, which the step loop does not: figures are cycles."""
-    run.tracker.draw(step)
-    gc.collect()
+def _look(run: Run, step: int, evaluate: bool, sample: bool) -> bool:
+    """Evaluate, sample, and draw what came of it; returns False where a signal cut it short."""
+    if evaluate:
+        _evaluate(run, step)
+    if run.interrupted():
+        return False
+    if sample:
+        _sample(run, step)
+    if evaluate or sample:
+        run.tracker.draw(step)
+        gc.collect()  # the step loop collects nothing, and figures are cycles
+    return True
 
 
 def save(run: Run) -> None:
@@ -421,7 +418,7 @@ def engine(run: Run) -> Iterator[None]:
                 backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
                 backends += [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # fp32: these alone
             stack.enter_context(sdpa_kernel(backends, set_priority=True))
-        # No collections in the step loop (they pause it for up to half a second): see _draw.
+        # No collections in the step loop (they pause it for up to half a second): see _look.
         gc.collect()
         gc.freeze()
         gc.disable()

@@ -73,6 +73,23 @@ def command(script: str, *arguments: str, run: str = "run") -> list[str]:
     ]  # fmt: skip
 
 
+def train_sh(directory: Path, *words: str) -> list[str]:
+    """The command line of train.sh with the tiny configuration, to be run in `directory`."""
+    return [
+        str(ROOT / "train.sh"), "--config", "tiny.yaml", "--input_file", "text.txt", "--save_dir",
+        "run/checkpoints", "--log_dir", "run/logs", f"data.cache_dir={directory}/cache", *words,
+    ]  # fmt: skip
+
+
+def reseal(directory: Path, name: str) -> None:
+    """Have a checkpoint's manifest prove a file that was changed: whole, and not what was saved."""
+    manifest = json.loads((directory / "manifest.json").read_text("utf-8"))
+    content = (directory / name).read_bytes()
+    entry = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    manifest["files"][name] = entry
+    (directory / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+
+
 def default_signals() -> None:
     """To be run in a child before its command: signals as a terminal gives them.
 

@@ -22,6 +22,7 @@ from helpers import (
     environment,
     left_overs,
     losses,
+    reseal,
     step_directory,
     train,
     write_tiny,
@@ -342,9 +343,7 @@ def test_not_finite_stops_before_the_update(tmp_path: Path, where: str, value: f
     tensors = load_file(directory / name)
     tensors[tensor].view(-1)[3] = value
     save_file(tensors, directory / name, metadata={"format": "pt"})
-    manifest = files.read_json(directory / "manifest.json")
-    manifest["files"][name]["sha256"] = files.sha256(directory / name)
-    files.write_json(directory / "manifest.json", manifest)
+    reseal(directory, name)
 
     result = train(tmp_path, *RESUME)
     assert result.returncode == 4, result.stdout

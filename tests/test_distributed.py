@@ -18,6 +18,7 @@ from helpers import (
     losses,
     step_directory,
     train,
+    train_sh,
     write_tiny,
 )
 
@@ -148,11 +149,7 @@ def test_the_memory_probe_leaves_sharded_training_alone(
 def test_train_sh_with_two_processes_and_a_signal(reference: Path, tmp_path: Path) -> None:
     """SIGUSR1, a cluster's warning, goes through torchrun: saved, 138, nobody left, and resumed."""
     write_tiny(tmp_path)
-    words = [
-        str(ROOT / "train.sh"), "--config", "tiny.yaml", "--input_file", "text.txt", "--save_dir",
-        "run/checkpoints", "--log_dir", "run/logs", f"data.cache_dir={tmp_path}/cache", *SETTINGS,
-        "training.train_steps=20",
-    ]  # fmt: skip
+    words = train_sh(tmp_path, *SETTINGS, "training.train_steps=20")
     settings = {"NO_INSTALL": "1", "NNODES": "1", "NPROC_PER_NODE": "2"}
     process = subprocess.Popen(
         words, cwd=tmp_path, env=environment(**settings, FAULT="step.forward:sleep:16"), text=True,

@@ -22,6 +22,7 @@ from helpers import (
     losses,
     step_directory,
     train,
+    train_sh,
     write_tiny,
 )
 
@@ -151,16 +152,9 @@ def test_fifty_signals_in_a_second(tmp_path: Path, pause: float) -> None:
 # --- through train.sh ----------------------------------------------------------------------------
 
 
-def _train_sh(directory: Path, *words: str) -> list[str]:
-    return [
-        str(ROOT / "train.sh"), "--config", "tiny.yaml", "--input_file", "text.txt", "--save_dir",
-        "run/checkpoints", "--log_dir", "run/logs", f"data.cache_dir={directory}/cache", *words,
-    ]  # fmt: skip
-
-
 def _finish_train_sh(directory: Path, reference: Path) -> None:
     """./train.sh again: to the end of phase 2, with the undisturbed run's bytes."""
-    result = call(directory, _train_sh(directory, *SETTINGS), NO_INSTALL="1")
+    result = call(directory, train_sh(directory, *SETTINGS), NO_INSTALL="1")
     assert result.returncode == 0, result.stdout
     assert digest(directory, 12) == digest(reference, 12)
     assert digest(directory, 16) == digest(reference, 16)
@@ -173,7 +167,7 @@ def test_signal_through_train_sh(reference: Path, tmp_path: Path, to: str) -> No
     write_tiny(tmp_path)
     target, name = to.split()
     number = getattr(signal, f"SIG{name}")
-    process = _start(tmp_path, _train_sh(tmp_path, *SETTINGS), FAULT="step.forward:sleep:12")
+    process = _start(tmp_path, train_sh(tmp_path, *SETTINGS), FAULT="step.forward:sleep:12")
     _wait_for(process, "step  5/12  val_loss")
     began = time.monotonic()
     (os.kill if target == "shell" else os.killpg)(process.pid, number)
@@ -196,7 +190,7 @@ def _assert_unlocked(directory: Path) -> None:
 def test_the_reader_of_the_output_goes_away(reference: Path, tmp_path: Path) -> None:
     """S3: `./train.sh | tee log`, and tee is killed: the run goes on to its end."""
     write_tiny(tmp_path)
-    process = _start(tmp_path, _train_sh(tmp_path, *SETTINGS))
+    process = _start(tmp_path, train_sh(tmp_path, *SETTINGS))
     _wait_for(process, "step  2/12")
     process.stdout.close()
     assert process.wait(timeout=60) == 0
@@ -212,7 +206,7 @@ def _lose_the_terminal(directory: Path, hangup: signal.Handlers, fault: str) -> 
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGHUP, hangup)
         os.chdir(directory)
-        words = _train_sh(directory, *SETTINGS)
+        words = train_sh(directory, *SETTINGS)
         os.execve(words[0], words, environment(NO_INSTALL="1", FAULT=fault))
     seen = b""
     while b"val_loss" not in seen or b"5/12" not in seen:

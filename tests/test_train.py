@@ -7,7 +7,17 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from helpers import command, digest, environment, events, losses, step_directory, train, write_tiny
+from helpers import (
+    command,
+    digest,
+    environment,
+    events,
+    losses,
+    reseal,
+    step_directory,
+    train,
+    write_tiny,
+)
 
 import files
 
@@ -91,11 +101,7 @@ def test_a_foreign_trainer_state_is_named(copy: Path, key: str, value: object) -
     directory = step_directory(copy, 12)
     state = files.read_json(directory / "trainer_state.json")
     files.write_json(directory / "trainer_state.json", {**state, key: value})
-    manifest = files.read_json(directory / "manifest.json")
-    entry = manifest["files"]["trainer_state.json"]
-    entry["size"] = (directory / "trainer_state.json").stat().st_size
-    entry["sha256"] = files.sha256(directory / "trainer_state.json")
-    files.write_json(directory / "manifest.json", manifest)
+    reseal(directory, "trainer_state.json")
     words = ("--resume", "auto", "--train_steps", "14")
     assert_refused(copy, 3, "is not one of our checkpoints", *words)
 

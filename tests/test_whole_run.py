@@ -10,24 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, SHARED, call, events, step_directory, train, write_tiny
+from helpers import ROOT, SHARED, call, events, step_directory, train, train_sh, write_tiny
 
 import files
 
 WORDS = ("training.eval_steps=4", "training.sample_steps=6")
 
 
-def train_sh(directory: Path, *words: str, **extra: str):
+def run_train_sh(directory: Path, *words: str, **extra: str):
     """Run ./train.sh with the tiny configuration."""
-    return call(
-        directory,
-        [
-            str(ROOT / "train.sh"), "--config", "tiny.yaml", "--input_file", "text.txt",
-            "--save_dir", "run/checkpoints", "--log_dir", "run/logs",
-            f"data.cache_dir={directory}/cache", *WORDS, *words,
-        ],
-        NO_INSTALL="1", **extra,
-    )  # fmt: skip
+    return call(directory, train_sh(directory, *WORDS, *words), NO_INSTALL="1", **extra)
 
 
 @pytest.fixture(scope="module", params=["auto", "fp32"])
@@ -35,7 +27,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     """A directory in which ./train.sh has run both phases: bf16 where the CPU has it, and fp32."""
     directory = tmp_path_factory.mktemp("run")
     write_tiny(directory)
-    result = train_sh(directory, f"training.precision={request.param}")
+    result = run_train_sh(directory, f"training.precision={request.param}")
     assert result.returncode == 0, result.stdout
     (directory / "output").write_text(result.stdout)
     (directory / "precision").write_text(
@@ -84,7 +76,7 @@ def test_the_pipeline_leaves_what_it_promises(run: Path) -> None:
 def test_run_again_does_nothing(run: Path) -> None:
     """./train.sh after it finished: says so, exit 0, no byte changed."""
     before = {path: path.stat().st_mtime_ns for path in (run / "run").rglob("*") if path.is_file()}
-    result = train_sh(run)
+    result = run_train_sh(run)
     assert result.returncode == 0, result.stdout
     assert result.stdout.count("complete") >= 2
     after = {path: path.stat().st_mtime_ns for path in (run / "run").rglob("*") if path.is_file()}
@@ -190,7 +182,7 @@ def test_odd_paths_work(tmp_path: Path, name: str) -> None:
     """L3: the whole pipeline in a directory with an odd name."""
     directory = tmp_path / name
     write_tiny(directory)
-    result = train_sh(directory, "training.train_steps=2", "training.continue_steps=1")
+    result = run_train_sh(directory, "training.train_steps=2", "training.continue_steps=1")
     assert result.returncode == 0, result.stdout
     assert files.problem(step_directory(directory, 3)) is None
 
