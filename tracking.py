@@ -291,9 +291,9 @@ class Tracker:
         """Hand the code that runs to W&B, unless WANDB_DISABLE_CODE asks not to."""
         if os.environ.get("WANDB_DISABLE_CODE", "false").lower() not in ("true", "1"):
             root = Path(__file__).parent
-            patterns = ("*.py", "*.yaml", "*.sh", "requirements*.txt")
+            patterns = ("*.py", "smollm/**/*.py", "*.yaml", "*.sh", "requirements*.txt")
             paths = [path for pattern in patterns for path in sorted(root.glob(pattern))]
-            self.wandb.texts("code", "code", paths)
+            self.wandb.texts("code", "code", {str(path.relative_to(root)): path for path in paths})
 
     def close(self, models: dict[Path, list[str]], phase: int) -> None:
         """End the run's tracking: artifacts of models and logs, then W&B's own end."""
@@ -302,7 +302,7 @@ class Tracker:
         for directory, aliases in models.items():
             self.wandb.model(directory, aliases)
         names = (f"phase{phase}.log", "metrics.jsonl", "samples.txt")
-        self.wandb.texts("logs", "logs", [self.log_dir / name for name in names])
+        self.wandb.texts("logs", "logs", {name: self.log_dir / name for name in names})
         if self.bar is not None:
             self.bar.close()
         self.wandb.finish()

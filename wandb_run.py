@@ -245,16 +245,16 @@ class WandbRun:
 
         self.put(job)
 
-    def texts(self, name: str, kind: str, paths: list[Path]) -> None:
-        """Small files (logs, code) as an artifact."""
+    def texts(self, name: str, kind: str, paths: dict[str, Path]) -> None:
+        """Small files (logs, code) as an artifact, each under its name there."""
 
         def job(run: Any) -> None:
             import wandb
 
             artifact = wandb.Artifact(f"{name}-{self.run_id}", type=kind)
-            for path in paths:
+            for entry, path in paths.items():
                 if path.exists():
-                    artifact.add_file(str(path), name=path.name, skip_cache=True)
+                    artifact.add_file(str(path), name=entry, skip_cache=True)
             run.log_artifact(artifact)
 
         self.put(job)

@@ -17,6 +17,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"  # texts and tokenizers that are not part of the project
 
+
+def python_sources() -> list[Path]:
+    """Every Python file of the project that a run may execute: all but tests and environments."""
+    found = (path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
+    apart = ("tests", "checkpoints", "logs", "wandb")
+    kept = [p for p in found if p.parts[0] not in apart and not p.parts[0].startswith(".")]
+    return [ROOT / path for path in sorted(kept)]
+
+
 TINY = {
     "model": {
         "vocab_size": 512,

@@ -22,6 +22,7 @@ from helpers import (
     environment,
     left_overs,
     losses,
+    python_sources,
     reseal,
     step_directory,
     train,
@@ -228,8 +229,7 @@ def test_an_error_in_a_step_lets_the_checkpoint_be_written(
 
 def test_no_fault_point_is_left_out() -> None:
     """Each point in the code is in the table above, or in a table of test_signals or assembly."""
-    root = Path(files.__file__).parent
-    text = "".join(path.read_text("utf-8") for path in root.glob("*.py"))
+    text = "".join(path.read_text("utf-8") for path in python_sources())
     found = set(re.findall(r'faults\.point\("([\w.]+)"\)', text))
     for name in re.findall(r'faults\.point\(f"\{point\}\.(\w+)"\)', text):  # files.publish
         found |= {f"cache.{name}", f"save.{name}"}

@@ -17,7 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from helpers import command, digest, environment, losses, train, write_tiny
+from helpers import ROOT, command, digest, environment, losses, python_sources, train, write_tiny
 
 import wandb_run
 from config import WandbConfig
@@ -106,6 +106,9 @@ def test_offline_files_hold_everything(tmp_path: Path) -> None:
     artifacts = artifacts_of(records)
     kinds = {artifact.type for artifact in artifacts}
     assert {"model", "logs", "code", "run_table"} <= kinds
+    code = {entry.path for a in artifacts if a.type == "code" for entry in a.manifest.contents}
+    assert {str(path.relative_to(ROOT)) for path in python_sources()} <= code
+    assert {"config.yaml", "train.sh", "requirements.txt"} <= code
     models = [a for a in artifacts if a.type == "model"]
     assert any("final" in a.aliases for a in models)
     names = {entry.path for a in models for entry in a.manifest.contents}
