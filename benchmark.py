@@ -8,14 +8,13 @@
 
 `source env.sh` before that sets the variables that train.sh runs with. The peers run without its
 allocator settings, as their documentation has it, unless --same_environment is given. Every
-measurement is a process of its own; ours and its peers take turns, --rounds times. The code
-measured is the trainer's own, on random token ids, uniform over the vocabulary. A ratio above 1
-says that ours is faster.
+measurement is a process of its own; ours and its peers take turns, --rounds times. The steps
+measured are those of the training loop, on random token ids, uniform over the vocabulary. A ratio
+above 1 says that ours is faster.
 
-- tokenize: data.prepare, from a text to verified files; the peer is Tokenizer.encode_batch alone.
+- tokenize: from a text to verified token files; the peer is Tokenizer.encode_batch alone.
 - train: a step lasts from the end of one to the end of the next, data included, on either side; the
-  peer is Hugging Face Trainer with the same architecture, batch, data shape and precision;
-  --without measures ours with one of its techniques left out (docs/performance.md).
+  peer is Hugging Face Trainer with the same architecture, batch, data shape and precision.
 - checkpoint: how long the loop waits, what is lost in all (with the steps that are slower while it
   is written), when it is whole on the disk; resume: how long a fresh process takes to go on.
 - generate: 3 samples of 100 tokens; the peer is transformers' generate with the same weights.
@@ -41,12 +40,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import config as configuration
-import data
-import doors
-import train
-from config import Config
-from measurements import TECHNIQUES, WORKERS, BenchmarkError, Result
+from smollm import cli
+from smollm.benchmarking import WORKERS, Result
+from smollm.config import Config, to_dict
+from smollm.data import documents
+from smollm.errors import ConfigError, UserError
+from smollm.signals import StopSignals
 
 MEASUREMENTS = ("tokenize", "train", "checkpoint", "generate")
 PEERS = ("transformers", "transformers-compile")
@@ -71,10 +70,10 @@ def _work(name: str, scratch: Path) -> Result:
     variables = dict(os.environ)
     # One GPU: Trainer would share its batch between several.
     variables["CUDA_VISIBLE_DEVICES"] = variables.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    variables["WANDB_MODE"] = "disabled"
     if "transformers" in name:
         variables |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    as_documented = "transformers" in name and "--same_environment" not in sys.argv
-    if as_documented or name.endswith("without-allocator"):
+    if "transformers" in name and "--same_environment" not in sys.argv:
         variables = {k: v for k, v in variables.items() if not k.startswith(ALLOCATOR)}
     others, began = _busy_seconds(), time.perf_counter()
     done = subprocess.run(
@@ -84,15 +83,15 @@ def _work(name: str, scratch: Path) -> Result:
     if os.environ.get("DEBUG") == "1":
         print(done.stdout, done.stderr, file=sys.stderr)
     if done.returncode < 0:
-        raise BenchmarkError(f"{name}: killed by signal {-done.returncode} (out of memory?)", 1)
+        raise UserError(f"{name}: killed by signal {-done.returncode} (out of memory?)")
     if done.returncode:
         message = re.split("^error: ", done.stderr, flags=re.MULTILINE)[-1].strip()
-        raise BenchmarkError(f"{name}: {message}", done.returncode)
+        raise UserError(f"{name}: {message}", done.returncode)
     answer = json.loads((scratch / "answer.json").read_text("utf-8"))
     cores = (time.perf_counter() - began) * (os.cpu_count() or 1)
     answer["others_cpu_share"] = max(0.0, (_busy_seconds() - others) / cores)
     if answer["others_cpu_share"] > DISTURBED:
-        doors.warn(
+        cli.warn(
             f"warning: meanwhile other processes used {answer['others_cpu_share']:.0%} of the "
             "CPUs: the figures of this round are not to be trusted"
         )
@@ -123,7 +122,7 @@ def _take_turns(what: str, sides: list[str], scratch: Path, rounds: int) -> Resu
     results: dict[str, list[Result]] = {side: [] for side in sides}
     for number in range(1, rounds + 1):
         for side in sides:
-            doors.warn(f"{what}: round {number} of {rounds}: {side}")
+            cli.warn(f"{what}: round {number} of {rounds}: {side}")
             results[side].append(_work(f"{what} {side}", scratch))
     section: Result = {side: _summary(found) for side, found in results.items()}
     medians = {
@@ -151,7 +150,7 @@ def measure(config: Config, arguments: argparse.Namespace, scratch: Path, result
             summary = result["tokenize"][side]
             summary["mb_per_second"] = summary["mb"] / summary["seconds"]
     if "train" in arguments.only:
-        sides = ["ours", *arguments.peer, *(f"without-{name}" for name in arguments.without)]
+        sides = ["ours", *arguments.peer]
         result["train"] = turns("train", sides)
         for side in sides:
             summary = result["train"][side]
@@ -249,19 +248,17 @@ def _words(known: tuple[str, ...]) -> Callable[[str], list[str]]:
     return parse
 
 
-def _parser() -> doors.ArgumentParser:
-    parser = doors.ArgumentParser(description=__doc__)
-    number, peers, parts = doors.positive_integer, _words((*PEERS, "none")), _words(MEASUREMENTS)
+def _parser() -> cli.ArgumentParser:
+    parser = cli.ArgumentParser(description=__doc__)
+    number, peers, parts = cli.positive_integer, _words((*PEERS, "none")), _words(MEASUREMENTS)
     default = Path("config.yaml")
-    parser.add_argument("--config", type=doors.path, default=default, help="YAML file")
+    parser.add_argument("--config", type=cli.path, default=default, help="YAML file")
     parser.add_argument("--input_file", type=Path, default=Path("input.txt"), help="to tokenize")
     parser.add_argument("--steps", type=number, default=20, help="timed steps a round (20)")
     parser.add_argument("--warmup", type=number, default=3, help="steps before these (3)")
     parser.add_argument("--rounds", type=number, default=3, help="(3)")
     parser.add_argument("--text_mb", type=number, default=20, help="text to tokenize (20)")
     parser.add_argument("--peer", type=peers, default=[], help=", ".join(PEERS) + " (none)")
-    names = ", ".join(TECHNIQUES)
-    parser.add_argument("--without", type=_words(tuple(TECHNIQUES)), default=[], help=names)
     parser.add_argument(
         "--same_environment", action="store_true", help="env.sh's allocator settings for peers too"
     )
@@ -274,25 +271,25 @@ def _parser() -> doors.ArgumentParser:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """Raise BenchmarkError for what would otherwise fail after minutes."""
+    """Raise ConfigError for what would otherwise fail after minutes."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise BenchmarkError("benchmark.py measures one process; start it without torchrun")
+        raise ConfigError("benchmark.py measures one process; start it without torchrun")
     missing = [n for n in ("transformers", "accelerate") if importlib.util.find_spec(n) is None]
     if arguments.peer and missing:
-        raise BenchmarkError(
+        raise ConfigError(
             f"--peer {','.join(arguments.peer)}: {' and '.join(missing)} cannot be imported; "
             "pip install -r requirements-dev.txt, or leave --peer out"
         )
     if "tokenize" in arguments.only:
-        data.check_text_file(arguments.input_file)
+        documents.check_text_file(arguments.input_file)
     if arguments.json and not arguments.json.parent.is_dir():
-        raise BenchmarkError(f"--json {arguments.json}: {arguments.json.parent} is no directory")
+        raise ConfigError(f"--json {arguments.json}: {arguments.json.parent} is no directory")
 
 
 def main() -> int:
-    """The door; with --worker, one measurement in this process."""
-    doors.StopSignals().install()
-    arguments, config = train.parse(_parser())
+    """The command; with --worker, one measurement in this process."""
+    StopSignals().install()
+    arguments, config = cli.parse(_parser())
     if arguments.worker:
         answer = WORKERS[arguments.worker](config, arguments)
         (arguments.scratch / "answer.json").write_text(json.dumps(answer), encoding="utf-8")
@@ -305,7 +302,7 @@ def main() -> int:
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "settings": {k: getattr(arguments, k) for k in SETTINGS},
         "environment": {k: v for k, v in os.environ.items() if k.startswith(VARIABLES)},
-        "config": configuration.to_dict(config),
+        "config": to_dict(config),
     }
     temporary = functools.partial(tempfile.TemporaryDirectory, prefix="benchmark-")
     try:
@@ -322,4 +319,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    doors.run(main)
+    cli.execute(main)

@@ -4,8 +4,8 @@
     python generate.py --checkpoint checkpoints/step_005000 --prompt "The sea" --num_samples 5
     python generate.py --checkpoint checkpoints/best --prompt "The sea" --temperature 0 --json
 
-Each sample has a seed of its own, so it does not depend on the others. The sampling is in
-sampling.py, which imports torch: after everything that can be checked without it.
+Each sample has a seed of its own, so it does not depend on the others. torch is imported only after
+everything that can be checked without it.
 """
 
 from __future__ import annotations
@@ -17,22 +17,21 @@ import secrets
 import sys
 from typing import TYPE_CHECKING
 
-import checkpoint
-import config as configuration
-import doors
-from config import ConfigError, GenerationConfig
+from smollm import cli
+from smollm.checkpoint import store
+from smollm.config import GenerationConfig
+from smollm.config_reader import parse_generation
+from smollm.errors import ConfigError
 
 if TYPE_CHECKING:
-    import sampling
+    from smollm.generation import Sample
 
 
 def _parse_arguments() -> argparse.Namespace:
-    parser = doors.ArgumentParser(description=__doc__)
+    parser = cli.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", type=cli.path, required=True, help="a checkpoint directory")
     parser.add_argument(
-        "--checkpoint", type=doors.path, required=True, help="a checkpoint directory"
-    )
-    parser.add_argument(
-        "--prompt", type=doors.text, nargs="+", metavar="TEXT", help="sample i takes text i mod n"
+        "--prompt", type=cli.text, nargs="+", metavar="TEXT", help="sample i takes text i mod n"
     )
     parser.add_argument("--max_length", help="tokens, prompt and continuation together (100)")
     parser.add_argument("--temperature", help="0 takes the most likely token (1.0)")
@@ -44,32 +43,29 @@ def _parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _samples(
-    arguments: argparse.Namespace, settings: GenerationConfig, seed: int
-) -> list[sampling.Sample]:
-    import hardware  # imports torch
-    import sampling
+def _samples(arguments: argparse.Namespace, settings: GenerationConfig, seed: int) -> list[Sample]:
+    from smollm import generation, hardware  # imports torch
 
     device = hardware.choose_device("auto")
     dtype = hardware.choose_dtype("auto", device)
-    model, tokenizer = sampling.load(arguments.checkpoint, device, dtype)
+    model, tokenizer = generation.load(arguments.checkpoint, device, dtype)
     limit = model.config.max_position_embeddings
     if settings.max_length > limit:
         if arguments.max_length is not None:
-            raise ConfigError([f"--max_length: got {settings.max_length}, the model has {limit}"])
+            raise ConfigError(f"--max_length: got {settings.max_length}, the model has {limit}")
         settings = dataclasses.replace(settings, max_length=limit)
-    return sampling.sample_prompts(model, tokenizer, settings, seed)
+    return generation.generate(model, tokenizer, settings, seed)
 
 
 def main() -> int:
-    """The door: text from a checkpoint."""
+    """The command."""
     arguments = _parse_arguments()
     names = ("max_length", "temperature", "top_k", "top_p", "num_samples")
     given = {name: getattr(arguments, name) for name in names}
-    settings = configuration.parse_generation({k: v for k, v in given.items() if v is not None})
+    settings = parse_generation({k: v for k, v in given.items() if v is not None})
     if arguments.prompt:
         settings = dataclasses.replace(settings, prompts=tuple(arguments.prompt))
-    checkpoint.require_whole(arguments.checkpoint)
+    store.require_whole(arguments.checkpoint)
     seed = arguments.seed if arguments.seed is not None else secrets.randbelow(2**31)
     samples = _samples(arguments, settings, seed)
     for sample in samples:
@@ -86,4 +82,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    doors.run(main)
+    cli.execute(main)

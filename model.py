@@ -17,7 +17,7 @@ import importlib
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -29,13 +29,26 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from config import ConfigError, ModelConfig
-
 FEW_ROWS = 8  # up to here the CPU takes a matrix product with the weight first
 HEAD_MULTIPLE = 128  # rows of the head's matrix: a multiple keeps its matrix products aligned
 IGNORE_INDEX = -100  # the label of a position that is not predicted (PyTorch's default)
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class ModelConfig(Protocol):
+    """What the model reads of a configuration, by Hugging Face's names."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    max_position_embeddings: int
+    rope_theta: float
+    layer_norm_epsilon: float
+    initializer_range: float
+    dropout: float
 
 
 # --- attention: q, k, v (B, T, H, D) -> (B, T, H, D), causal ------------------------------------
@@ -56,73 +69,23 @@ def attention_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
-def load_flash_attention(hopper: bool) -> tuple[Attention, str]:
-    """flash-attn's function and its name: FlashAttention 3 on Hopper where installed, else 2.
+def attention_function(name: str) -> Attention:
+    """The function of a name: math, sdpa, flash_attn_2 or flash_attn_3.
 
     Raises:
-        ImportError: neither is installed.
+        ImportError: the flash-attn package is not installed in that version.
     """
-    if hopper:
-        try:
-            flash3 = importlib.import_module("flash_attn_interface").flash_attn_func
+    if name == "flash_attn_2":
+        return partial(importlib.import_module("flash_attn").flash_attn_func, causal=True)
+    if name == "flash_attn_3":
+        flash = importlib.import_module("flash_attn_interface").flash_attn_func
 
-            def attention_flash3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                out = flash3(q, k, v, causal=True)
-                return out[0] if isinstance(out, tuple) else out  # early versions add the lse
+        def attention_flash3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            out = flash(q, k, v, causal=True)
+            return out[0] if isinstance(out, tuple) else out  # early versions add the lse
 
-            return attention_flash3, "flash_attn 3"
-        except ImportError:
-            pass  # FlashAttention 2 is the fallback by design; its absence raises below
-    flash2 = importlib.import_module("flash_attn").flash_attn_func
-    return partial(flash2, causal=True), "flash_attn 2"
-
-
-def choose_attention(
-    wanted: str, device: torch.device, dtype: torch.dtype, deterministic: bool = False
-) -> tuple[Attention, str]:
-    """Pick the attention function, and say which and why in a few words.
-
-    Args:
-        wanted: `model.attention`: auto, flash_attn, sdpa or math.
-        dtype: the compute dtype; flash-attn takes bf16 only.
-        deterministic: leave out the kernels whose backward pass is not reproducible.
-
-    Raises:
-        ConfigError: flash_attn was asked for by name and cannot be used.
-    """
-    if wanted == "math":
-        return attention_math, "math (asked for)"
-    if device.type != "cuda":
-        if wanted == "flash_attn":
-            raise ConfigError(
-                ["model.attention: flash_attn needs a CUDA GPU and there is none; use auto"]
-            )
-        return attention_sdpa, "sdpa (PyTorch's own; there is no GPU)"
-    if dtype != torch.bfloat16 or deterministic:
-        why = "deterministic" if deterministic else "fp32"
-        if wanted == "flash_attn":
-            raise ConfigError(
-                [f"model.attention: flash_attn cannot be used here ({why}); use auto"]
-            )
-        return attention_sdpa, f"sdpa ({why})"
-    hopper = torch.cuda.get_device_capability(device)[0] == 9
-    cudnn = torch.backends.cudnn.version() or 0
-    if wanted != "flash_attn" and hopper and cudnn >= 91501:
-        return attention_sdpa, f"sdpa, cuDNN {cudnn} first (fastest on Hopper)"
-    if wanted == "sdpa":
-        return attention_sdpa, "sdpa (asked for)"
-    try:
-        function, name = load_flash_attention(hopper)
-    except ImportError as error:
-        if wanted == "auto":
-            return attention_sdpa, "sdpa (flash-attn is not installed)"
-        raise ConfigError(
-            [
-                f"model.attention: flash_attn cannot be imported ({error}); "
-                "pip install --no-build-isolation -r requirements-gpu.txt, or use auto"
-            ]
-        ) from error
-    return function, f"{name} ({'asked for' if wanted == 'flash_attn' else 'installed'})"
+        return attention_flash3
+    return {"math": attention_math, "sdpa": attention_sdpa}[name]
 
 
 # --- layers --------------------------------------------------------------------------------------
@@ -280,12 +243,11 @@ class Block(nn.Module):
 
 
 def _save_matrix_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Selective checkpointing: keep what is dear (matrix products, attention), redo the rest."""
+    """Selective checkpointing: save matrix products and attention, recompute everything else."""
     name = str(op)
-    dear = name.startswith(("aten.mm", "aten.addmm", "aten.linear", "aten.bmm")) or (
-        "attention" in name or "flash" in name
-    )
-    return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE
+    products = ("aten.mm", "aten.addmm", "aten.linear", "aten.bmm")
+    expensive = name.startswith(products) or "attention" in name or "flash" in name
+    return CheckpointPolicy.MUST_SAVE if expensive else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class Transformer(nn.Module):
@@ -331,19 +293,19 @@ class CausalLM(nn.Module):
     Args:
         config: the architecture.
         dtype: the compute dtype; the parameters stay as they are (fp32 for training).
-        attention: a function of q, k, v as `choose_attention` gives.
+        attention: the name of an attention function (see `attention_function`).
     """
 
     def __init__(
         self,
         config: ModelConfig,
         dtype: torch.dtype = torch.float32,
-        attention: Attention = attention_sdpa,
+        attention: str = "sdpa",
     ) -> None:
         super().__init__()
         self.config = config
         self.dtype = dtype
-        self.model = Transformer(config, attention)
+        self.model = Transformer(config, attention_function(attention))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., C) -> logits (..., vocab_size) in the compute dtype."""
@@ -402,10 +364,10 @@ def next_token_loss(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
 class HeadLoss(torch.autograd.Function):
     """The head and the cross-entropy of each position as one operation, for the CPU's eager mode.
 
-    The same numbers as the head followed by `next_token_loss`: the logits are in the compute dtype,
-    the softmax in fp32. But no fp32 copy of all logits is made (206 MB for 1,024 tokens): they are
-    seen in fp32 a few rows at a time, which stay in the processor's cache, and the backward pass
-    writes their gradient in their place. `torch.compile` does the same by itself.
+    Computes what the head followed by `next_token_loss` does: logits in the compute dtype, softmax
+    in fp32. It makes no fp32 copy of all logits (206 MB for 1,024 tokens): it converts a few rows
+    at a time, which stay in the processor's cache, and the backward pass overwrites the logits with
+    their gradient. `torch.compile` does the same by itself.
     """
 
     ROWS = 16  # x 50,258 x 4 bytes = 3.2 MB
@@ -430,11 +392,11 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Gradients of hidden and weight; a second pass raises, as the logits are gone."""
+        """Gradients of hidden and weight; a second pass raises: the logits are overwritten."""
         hidden, weight, log_sums, targets, ignored = ctx.saved_tensors
         logits, ctx.logits = ctx.logits, None
         if logits is None:
-            raise RuntimeError("HeadLoss: the graph can be gone through backwards only once")
+            raise RuntimeError("HeadLoss: backward can be called only once")
         grad = grad.masked_fill(ignored, 0.0)[:, None]
         by_rows = (x.split(HeadLoss.ROWS) for x in (logits, targets, grad, log_sums[:, None]))
         for part, target, scale, log_sum in zip(*by_rows, strict=True):
@@ -467,18 +429,19 @@ def initialize(model: CausalLM, generator: torch.Generator) -> None:
                 parameter.normal_(0.0, std, generator=generator)
 
 
-def parameter_count(config: ModelConfig) -> int:
-    """Parameters of the model: 123,654,144 for the default architecture."""
-    norms = (2 * config.num_hidden_layers + 1) * 2 * config.hidden_size
-    per_layer_biases = 5 * config.hidden_size + config.intermediate_size
-    return matrix_parameters(config) + norms + config.num_hidden_layers * per_layer_biases
+class ParameterCount(NamedTuple):
+    """Numbers of parameters."""
+
+    total: int
+    matrices: int  # the ones that are multiplied with, and weight-decayed
 
 
-def matrix_parameters(config: ModelConfig) -> int:
-    """Parameters in matrices: the ones that are multiplied with, and weight-decayed."""
-    width, inner = config.hidden_size, config.intermediate_size
-    per_layer = 4 * width * width + 2 * width * inner
-    return config.vocab_size * width + config.num_hidden_layers * per_layer
+def count_parameters(config: ModelConfig) -> ParameterCount:
+    """Parameters of the model: 123,654,144 for the default architecture. Allocates none."""
+    with torch.device("meta"):
+        parameters = list(CausalLM(config).parameters())
+    matrices = sum(p.numel() for p in parameters if p.ndim >= 2)
+    return ParameterCount(sum(p.numel() for p in parameters), matrices)
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int, causal: bool = True) -> int:
@@ -488,62 +451,4 @@ def flops_per_token(config: ModelConfig, sequence_length: int, causal: bool = Tr
     causal mask needs half (the convention of arXiv 2204.02311, appendix B).
     """
     attention = 12 * config.num_hidden_layers * config.hidden_size * sequence_length
-    return 6 * matrix_parameters(config) + (attention // 2 if causal else attention)
-
-
-def huggingface_config(config: ModelConfig, eos: int | None, pad: int | None) -> dict[str, Any]:
-    """The config.json of the same model in Hugging Face's `Starcoder2`."""
-    return {
-        "architectures": ["Starcoder2ForCausalLM"],
-        "model_type": "starcoder2",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_attention_heads,
-        "hidden_act": "gelu_pytorch_tanh",
-        "max_position_embeddings": config.max_position_embeddings,
-        "initializer_range": config.initializer_range,
-        "norm_epsilon": config.layer_norm_epsilon,
-        "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "sliding_window": None,
-        "attention_dropout": 0.0,
-        "residual_dropout": config.dropout,
-        "embedding_dropout": config.dropout,
-        "use_bias": True,
-        "tie_word_embeddings": True,
-        "use_cache": True,
-        "bos_token_id": eos,
-        "eos_token_id": eos,
-        "pad_token_id": pad,
-        "dtype": "float32",
-    }
-
-
-def from_huggingface_config(values: dict[str, Any]) -> ModelConfig:
-    """The inverse of `huggingface_config`.
-
-    Raises:
-        ValueError: the config.json is of another architecture than ours.
-    """
-    fixed = huggingface_config(ModelConfig(), None, None)
-    for key in ("model_type", "hidden_act", "use_bias", "tie_word_embeddings", "sliding_window"):
-        if values.get(key, fixed[key]) != fixed[key]:
-            raise ValueError(f"{key} is {values[key]!r}, expected {fixed[key]!r}")
-    if values.get("num_key_value_heads") != values.get("num_attention_heads"):
-        raise ValueError("num_key_value_heads differs from num_attention_heads")
-    rope = values.get("rope_parameters") or values
-    return ModelConfig(
-        vocab_size=values["vocab_size"],
-        hidden_size=values["hidden_size"],
-        num_hidden_layers=values["num_hidden_layers"],
-        num_attention_heads=values["num_attention_heads"],
-        intermediate_size=values["intermediate_size"],
-        max_position_embeddings=values["max_position_embeddings"],
-        rope_theta=rope["rope_theta"],
-        layer_norm_epsilon=values["norm_epsilon"],
-        initializer_range=values["initializer_range"],
-        dropout=values["residual_dropout"],
-    )
+    return 6 * count_parameters(config).matrices + (attention // 2 if causal else attention)

@@ -13,6 +13,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
+
+import model as models
+from smollm.config import ModelConfig
+from smollm.config_reader import load
+from smollm.signals import StopSignals
+from smollm.training.job import Job
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"  # texts and tokenizers that are not part of the project
@@ -61,6 +69,35 @@ def write_tiny(directory: Path, text_bytes: int = 30_000) -> None:
     (directory / "tiny.yaml").write_text(json.dumps(TINY), encoding="utf-8")
     text = (ROOT / "input.txt").read_bytes()[:text_bytes]
     (directory / "text.txt").write_bytes(text)
+
+
+SMALL = ModelConfig(
+    vocab_size=130, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+    intermediate_size=64, max_position_embeddings=16,
+)  # fmt: skip
+
+
+def small_model(seed: int = 0) -> models.CausalLM:
+    """A model of the shape SMALL, fp32, with seeded weights."""
+    model = models.CausalLM(SMALL)
+    models.initialize(model, torch.Generator().manual_seed(seed))
+    return model
+
+
+def random_batch(rows: int) -> tuple[Tensor, Tensor]:
+    """Seeded token ids and labels for it, each (rows, 16)."""
+    generator = torch.Generator().manual_seed(1)
+    return tuple(torch.randint(0, 130, (rows, 16), generator=generator) for _ in range(2))
+
+
+def tiny_job(directory: Path, *overrides: str, last: int = 12) -> Job:
+    """A job of phase 1 with the tiny configuration, as train.py makes one."""
+    write_tiny(directory)
+    config = load(directory / "tiny.yaml", [f"data.cache_dir={directory / 'cache'}", *overrides])
+    save_dir, log_dir = directory / "run/checkpoints", directory / "run/logs"
+    for path in (save_dir, log_dir):
+        path.mkdir(parents=True)
+    return Job(config, 1, directory / "text.txt", save_dir, log_dir, last, None, StopSignals())
 
 
 def environment(**extra: str) -> dict[str, str]:

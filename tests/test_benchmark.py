@@ -10,9 +10,8 @@ import helpers
 import pytest
 
 import benchmark
-import doors
-from benchmark import BenchmarkError
-from config import ConfigError, UserError
+from smollm.errors import ConfigError, UserError
+from smollm.signals import StopSignals
 
 SIDES = {
     "tokenize": ["ours", "encode_batch"],
@@ -173,7 +172,7 @@ def start(monkeypatch, tmp_path, *words: str) -> None:
 
     helpers.write_tiny(tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(doors.StopSignals, "install", lambda self: self)
+    monkeypatch.setattr(StopSignals, "install", lambda self: self)
     monkeypatch.setattr(benchmark, "_work", no_worker)
     fixed = ["--config", "tiny.yaml", "--input_file", "text.txt"]
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *fixed, *words])
@@ -200,7 +199,7 @@ def test_wrong_usage_exits_2(monkeypatch, tmp_path, words, named):
     [
         (("training.batch_sise=2",), ConfigError, 2, "batch_size"),
         (("--config", "none.yaml"), ConfigError, 2, "none.yaml"),
-        (("--json", "no/where.json"), BenchmarkError, 2, "no/where.json"),
+        (("--json", "no/where.json"), ConfigError, 2, "no/where.json"),
         (("--input_file", "none.txt"), UserError, 3, "none.txt"),
     ],
 )
@@ -212,7 +211,7 @@ def test_what_cannot_work_is_said_before_measuring(monkeypatch, tmp_path, words,
 
 def test_a_peer_that_is_not_installed(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(BenchmarkError) as raised:
+    with pytest.raises(ConfigError) as raised:
         start(monkeypatch, tmp_path, "--peer", "transformers")
     assert raised.value.exit_code == 2
     message = str(raised.value)
@@ -223,7 +222,7 @@ def test_torchrun_is_refused(monkeypatch, tmp_path):
     launched = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "a", "MASTER_PORT": 1}
     for name, value in launched.items():
         monkeypatch.setenv(name, str(value))
-    with pytest.raises(BenchmarkError, match="torchrun"):
+    with pytest.raises(ConfigError, match="torchrun"):
         start(monkeypatch, tmp_path)
 
 

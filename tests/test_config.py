@@ -17,8 +17,10 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, limit
 
-import config as configuration
-from config import Config, ConfigError
+from smollm import config as configuration
+from smollm import config_reader
+from smollm.config import Config
+from smollm.errors import ConfigError
 
 KEYS = [
     (section, field.name)
@@ -39,7 +41,7 @@ def write(tmp_path: Path, content: str | bytes, name: str = "run.yaml") -> Path:
 def problems_of(path: Path, overrides: list[str] | None = None, seconds: float = 10) -> list[str]:
     """The problems of a configuration that must be refused."""
     with limit(seconds), pytest.raises(ConfigError) as caught:
-        configuration.load(path, overrides)
+        config_reader.load(path, overrides)
     return caught.value.problems
 
 
@@ -109,7 +111,7 @@ def assert_valid(config: Config) -> None:
 
 def test_defaults_are_the_specified_run(tmp_path):
     """An empty file is the 123.6M run: 192 sequences of 2048 tokens a step, and the rest."""
-    config = configuration.load(write(tmp_path, ""))
+    config = config_reader.load(write(tmp_path, ""))
     assert config == Config()
     assert_valid(config)
     assert config.sequences_per_step == 192
@@ -122,7 +124,7 @@ def test_defaults_are_the_specified_run(tmp_path):
 
 def test_config_yaml_is_the_defaults():
     """config.yaml says exactly what the code does without it."""
-    config = configuration.load(ROOT / "config.yaml")
+    config = config_reader.load(ROOT / "config.yaml")
     assert configuration.differences(Config(), config) == []
     assert config == Config()
 
@@ -143,7 +145,7 @@ def test_config_yaml_names_and_explains_every_key():
 
 def test_config_cpu_yaml_names_only_what_differs():
     """config_cpu.yaml loads, needs no network, and repeats no default but for clarity's sake."""
-    config = configuration.load(ROOT / "config_cpu.yaml")
+    config = config_reader.load(ROOT / "config_cpu.yaml")
     assert_valid(config)
     assert config.tokenizer.source == "train"
     assert configuration.differences(Config(), config)
@@ -157,7 +159,7 @@ def test_overrides_win_over_the_file_and_the_last_one_wins(tmp_path):
     """Precedence: defaults, then the file, then the overrides in their order."""
     path = write(tmp_path, "training:\n  batch_size: 6\n  seed: 7\n")
     overrides = ["training.batch_size=8", "training.batch_size=12", "wandb.name=a=b"]
-    config = configuration.load(path, overrides)
+    config = config_reader.load(path, overrides)
     assert (config.training.batch_size, config.training.seed) == (12, 7)
     assert config.wandb.name == "a=b"
     assert configuration.differences(Config(), config) == [
@@ -188,7 +190,7 @@ def test_overrides_win_over_the_file_and_the_last_one_wins(tmp_path):
 )
 def test_override_is_read_by_the_type_of_its_key(tmp_path, override, name, value):
     """A word section.key=value is converted by the key's declared type."""
-    got = value_of(configuration.load(write(tmp_path, ""), [override]), name)
+    got = value_of(config_reader.load(write(tmp_path, ""), [override]), name)
     expected = override.partition("=")[2] if value is None and name != "wandb.name" else value
     assert got == expected and type(got) is type(expected)
 
@@ -351,7 +353,7 @@ def test_fuzzed_configurations_are_read_or_refused_clearly(tmp_path, request):
         began = time.process_time()
         try:
             with limit(10):
-                assert_valid(configuration.load(path, overrides))
+                assert_valid(config_reader.load(path, overrides))
             accepted += 1
         except ConfigError as error:
             refused += 1
@@ -412,7 +414,7 @@ def test_a_wrong_command_line_exits_2_at_once(tmp_path, case):
 def test_the_doors_answer_without_torch():
     """What reads the command line does not import torch or NumPy, which take seconds."""
     code = (
-        "import sys, train, continue_training, checkpoint; "
+        "import sys, train, continue_training, checkpoint, generate; "
         "sys.exit(bool({'torch', 'numpy', 'tokenizers', 'wandb'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=60)
@@ -520,7 +522,7 @@ ACCEPTED = {
 def test_yaml_that_is_read_as_meant(tmp_path, case):
     """F3: what a person plainly means is accepted, with the declared type."""
     text, key, expected = ACCEPTED[case]
-    got = getattr(configuration.load(write(tmp_path, text)).training, key)
+    got = getattr(config_reader.load(write(tmp_path, text)).training, key)
     assert got == expected and type(got) is type(expected)
 
 
@@ -603,8 +605,8 @@ def test_yaml_tags_execute_nothing(tmp_path):
         problems_of(write(tmp_path, text))
     for key in ("generation.prompts", "checkpoint.keep_steps", "wandb.name"):
         with contextlib.suppress(ConfigError):  # a text may well begin with !!
-            configuration.load(write(tmp_path, ""), [f"{key}=[{tag}]"])
-            configuration.load(write(tmp_path, ""), [f"{key}={tag}"])
+            config_reader.load(write(tmp_path, ""), [f"{key}=[{tag}]"])
+            config_reader.load(write(tmp_path, ""), [f"{key}={tag}"])
     assert not marker.exists()
 
 
@@ -652,7 +654,7 @@ def test_a_large_file_that_is_no_configuration_is_answered_in_a_second(tmp_path,
     """A file of nearly a megabyte (the text, or data, by mistake) is refused at once."""
     began = time.process_time()
     with limit(10), contextlib.suppress(ConfigError):
-        configuration.load(write(tmp_path, text))
+        config_reader.load(write(tmp_path, text))
     assert time.process_time() - began < 1
 
 
@@ -783,9 +785,9 @@ def test_no_problem_is_invented_from_a_value_that_nobody_gave(tmp_path):
 
 def test_replace_training_and_generation_flags_are_checked():
     """generate.py's flags are read like the file's keys, and all their problems are named."""
-    assert configuration.parse_generation({"top_k": "0", "temperature": "0.5"}).top_k == 0
+    assert config_reader.parse_generation({"top_k": "0", "temperature": "0.5"}).top_k == 0
     with pytest.raises(ConfigError) as caught:
-        configuration.parse_generation({"top_k": "-1", "temperature": "hot", "top_p": "0.9"})
+        config_reader.parse_generation({"top_k": "-1", "temperature": "hot", "top_p": "0.9"})
     assert [line.split(":")[0] for line in caught.value.problems] == ["--top_k", "--temperature"]
     assert configuration.replace_training(Config(), train_steps=7).training.train_steps == 7
     assert Config().training.train_steps == 5000

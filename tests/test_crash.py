@@ -30,7 +30,8 @@ from helpers import (
 )
 from safetensors.torch import load_file, save_file
 
-import files
+from smollm import atomic
+from smollm.checkpoint import store
 
 RESUME = ("--resume", "auto")
 
@@ -179,7 +180,7 @@ def test_soak_with_ten_kills(tmp_path: Path) -> None:
 # --- faults at named points ----------------------------------------------------------------------
 
 POINTS = {
-    "cache.batch": 1, "cache.hashed": 1, "cache.manifest": 1, "cache.renamed": 1,
+    "cache.batch": 1, "cache.hashed": 2, "cache.manifest": 2, "cache.renamed": 2,
     "save.copied": 2, "save.begin": 3, "save.weights": 1, "save.files": 2, "save.hashed": 4,
     "save.manifest": 2, "save.renamed": 1, "save.linked": 3, "prune.begin": 4,
     "remove.renamed": 2, "metrics.write": 6, "metrics.written": 9,
@@ -230,8 +231,10 @@ def test_an_error_in_a_step_lets_the_checkpoint_be_written(
 def test_no_fault_point_is_left_out() -> None:
     """Each point in the code is in the table above, or in a table of test_signals or assembly."""
     text = "".join(path.read_text("utf-8") for path in python_sources())
-    found = set(re.findall(r'faults\.point\("([\w.]+)"\)', text))
-    for name in re.findall(r'faults\.point\(f"\{point\}\.(\w+)"\)', text):  # files.publish
+    found = set(re.findall(r'fault_injection\.point\("([\w.]+)"\)', text))
+    for name in re.findall(
+        r'fault_injection\.point\(f"\{point\}\.(\w+)"\)', text
+    ):  # atomic.publish
         found |= {f"cache.{name}", f"save.{name}"}
     elsewhere = {"step.forward", "evaluate", "sample", "finish", "start.import", "probe"}
     assert found == set(POINTS) | elsewhere
@@ -265,12 +268,12 @@ def test_the_disk_stays_full(tmp_path: Path) -> None:
     write_tiny(tmp_path)
     first = train(tmp_path, FAULT="step.forward:term:9")  # stopped and saved
     assert first.returncode == 143, first.stdout
-    kept = files.read_json(tmp_path / "run/checkpoints/latest/trainer_state.json")["step"]
+    kept = atomic.read_json(tmp_path / "run/checkpoints/latest/trainer_state.json")["step"]
     limited = ["bash", "-c", 'ulimit -f 60; exec "$0" "$@"', *command("train.py", *RESUME)]
     result = call(tmp_path, limited)
     assert result.returncode == 3, result.stdout
     assert "bytes are needed and" in result.stdout and "Traceback" not in result.stdout
-    assert files.problem(step_directory(tmp_path, kept)) is None
+    assert store.problem(step_directory(tmp_path, kept)) is None
     assert train(tmp_path, *RESUME).returncode == 0
 
 

@@ -22,7 +22,7 @@ from helpers import (
     write_tiny,
 )
 
-import files
+from smollm import atomic
 
 SETTINGS = (
     "training.precision=fp32", "training.gradient_accumulation_steps=4",
@@ -64,8 +64,8 @@ def test_losses_are_those_of_one_process(
     norms = {event["step"]: event["grad_norm"] for event in events(reference, "train")}
     found = {event["step"]: event["grad_norm"] for event in events(tmp_path, "train")}
     assert found == pytest.approx(norms, abs=1e-3)
-    manifest = files.read_json(step_directory(tmp_path, 20) / "manifest.json")
-    expected = files.read_json(step_directory(reference, 20) / "manifest.json")
+    manifest = atomic.read_json(step_directory(tmp_path, 20) / "manifest.json")
+    expected = atomic.read_json(step_directory(reference, 20) / "manifest.json")
     assert set(manifest["files"]) == set(expected["files"])
 
 
@@ -117,17 +117,20 @@ def test_a_signal_during_start_up_keeps_its_exit_code(tmp_path: Path) -> None:
 
 PROBED = """
 import sys
-import assembly, doors, trainer
+from smollm import cli, hardware
+from smollm.training import memory, setup
 
-def engine(run, plain=trainer.engine):  # as on a GPU: fit_memory before the first step
-    run.tracker = type("Tracker", (), {"log": staticmethod(lambda line: print(line, flush=True))})
-    assembly.fit_memory(run)
-    return plain(run)
+plain = setup.set_up
 
-trainer.engine = engine
+def set_up_and_probe(*arguments):  # as on a GPU: fit_memory before the first step
+    run = plain(*arguments)
+    memory.fit_memory(run)
+    return run
+
+setup.set_up = set_up_and_probe
 sys.argv = sys.argv[1:]
 import train
-doors.run(train.main)
+cli.execute(train.main)
 """
 
 
@@ -165,7 +168,7 @@ def test_train_sh_with_two_processes_and_a_signal(reference: Path, tmp_path: Pat
     output += process.communicate(timeout=60)[0]
     assert process.returncode == 138, output
     assert "stopped by a signal" in output and "2 processes" in output
-    with files.lock(tmp_path / "run/checkpoints/.lock"):  # nobody holds it any more
+    with atomic.lock(tmp_path / "run/checkpoints/.lock"):  # nobody holds it any more
         pass
     again = call(tmp_path, words, **settings)
     assert again.returncode == 0, again.stdout
@@ -177,13 +180,14 @@ def test_train_sh_with_two_processes_and_a_signal(reference: Path, tmp_path: Pat
 
 
 FAILS = """
-import sys, doors
-from config import ConfigError
-doors.RANK_0_SECONDS = float(sys.argv[1])
+import sys
+from smollm import cli
+from smollm.errors import ConfigError
+cli.RANK_0_SECONDS = float(sys.argv[1])
 def main():
     print("started", flush=True)
-    raise ConfigError(["it is wrong"])
-doors.run(main)
+    raise ConfigError("it is wrong")
+cli.execute(main)
 """
 
 

@@ -1,11 +1,15 @@
-"""What this machine is: the peak speeds that MFU is a share of."""
+"""What this machine computes with: the attention, and the peak speeds that MFU is a share of."""
 
 from __future__ import annotations
+
+import sys
+import types
 
 import pytest
 import torch
 
-import hardware
+from smollm import hardware
+from smollm.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -36,3 +40,36 @@ def test_a_relative_has_no_peak(gpu: str) -> None:
 def test_the_cpu_has_no_peak() -> None:
     """MFU is null on a CPU."""
     assert hardware.peak_flops(torch.device("cpu")) is None
+
+
+def test_attention_is_chosen_with_a_reason() -> None:
+    """auto on the CPU is sdpa; flash_attn asked for without a GPU is an error with a way out."""
+    cpu = torch.device("cpu")
+    name, reason = hardware.choose_attention("auto", cpu, torch.float32)
+    assert name == "sdpa" and "no GPU" in reason
+    assert hardware.choose_attention("math", cpu, torch.float32)[0] == "math"
+    with pytest.raises(ConfigError, match="use auto"):
+        hardware.choose_attention("flash_attn", cpu, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("hopper", "installed", "expected"),
+    [
+        (True, {2, 3}, "flash_attn_3"),
+        (True, {2}, "flash_attn_2"),
+        (False, {2, 3}, "flash_attn_2"),
+        (False, set(), "sdpa"),
+    ],
+)
+def test_flash_attention_by_what_is_installed(
+    monkeypatch: pytest.MonkeyPatch, hopper: bool, installed: set[int], expected: str
+) -> None:
+    """Version 3 on Hopper where it is installed, else 2, else PyTorch's own; or an error."""
+    for version, name in ((2, "flash_attn"), (3, "flash_attn_interface")):
+        module = types.ModuleType(name)
+        module.flash_attn_func = print
+        monkeypatch.setitem(sys.modules, name, module if version in installed else None)
+    assert hardware._choose_flash_attention(hopper, asked_for=False)[0] == expected
+    if not installed:
+        with pytest.raises(ConfigError, match="pip install"):
+            hardware._choose_flash_attention(hopper, asked_for=True)

@@ -10,18 +10,20 @@ from collections import Counter
 
 import pytest
 import torch
-from test_optimization import SMALL, random_batch, small_model
+from helpers import SMALL, random_batch, small_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Starcoder2Config, Starcoder2ForCausalLM
 
 import model as models
-from config import ConfigError, ModelConfig
+from smollm.checkpoint import huggingface as hf
+from smollm.config import ModelConfig
+from smollm.hardware import choose_attention
 
 
 def huggingface(model: models.CausalLM) -> Starcoder2ForCausalLM:
     """The same weights in Hugging Face's architecture."""
-    config = Starcoder2Config(**models.huggingface_config(model.config, 0, 1))
+    config = Starcoder2Config(**hf.config_json(model.config, 0, 1))
     theirs = Starcoder2ForCausalLM(config).eval()
     missing = theirs.load_state_dict(model.state_dict(), strict=False)
     assert missing.missing_keys == ["lm_head.weight"] and not missing.unexpected_keys
@@ -34,8 +36,7 @@ def test_parameter_count_is_exactly_the_specification() -> None:
     with torch.device("meta"):
         model = models.CausalLM(config)
     assert sum(p.numel() for p in model.parameters()) == 123_654_144
-    assert models.parameter_count(config) == 123_654_144
-    assert models.matrix_parameters(config) == 123_532_800
+    assert models.count_parameters(config) == (123_654_144, 123_532_800)
     assert sum(p.numel() for p in model.model.layers[0].parameters()) == 7_087_872
 
 
@@ -48,8 +49,8 @@ def test_flops_are_those_of_the_arithmetic() -> None:
     assert found == pytest.approx([797.8, 854.4, 854.4, 967.7], abs=0.05)
 
 
-@pytest.mark.parametrize("attention", [models.attention_math, models.attention_sdpa])
-def test_logits_and_loss_equal_hugging_face(attention: models.Attention) -> None:
+@pytest.mark.parametrize("attention", ["math", "sdpa"])
+def test_logits_and_loss_equal_hugging_face(attention: str) -> None:
     """Same weights, same logits (1e-5 in fp32), same loss and gradients."""
     ours = models.CausalLM(SMALL, torch.float32, attention)
     models.initialize(ours, torch.Generator().manual_seed(0))
@@ -308,17 +309,14 @@ def flash_stand_in(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Ten
     return out
 
 
-@pytest.mark.parametrize("hopper", [False, True])
-def test_flash_attention_layout(monkeypatch: pytest.MonkeyPatch, hopper: bool) -> None:
-    """The flash-attn path gives the logits of the others; Hopper takes version 3 where it is."""
-    for name in ("flash_attn", "flash_attn_interface"):
-        module = types.ModuleType(name)
-        module.flash_attn_func = flash_stand_in
-        if name == "flash_attn" or hopper:
-            monkeypatch.setitem(sys.modules, name, module)
-    function, name = models.load_flash_attention(hopper)
-    assert name == ("flash_attn 3" if hopper else "flash_attn 2")
-    model = models.CausalLM(SMALL, torch.float32, function)
+@pytest.mark.parametrize("version", [2, 3])
+def test_flash_attention_layout(monkeypatch: pytest.MonkeyPatch, version: int) -> None:
+    """The flash-attn path gives the logits of the others."""
+    name = {2: "flash_attn", 3: "flash_attn_interface"}[version]
+    module = types.ModuleType(name)
+    module.flash_attn_func = flash_stand_in
+    monkeypatch.setitem(sys.modules, name, module)
+    model = models.CausalLM(SMALL, torch.float32, f"flash_attn_{version}")
     model.load_state_dict(small_model().state_dict())
     input_ids, labels = random_batch(2)
     expected = small_model()
@@ -334,22 +332,12 @@ def test_attention_functions_agree() -> None:
     )
 
 
-def test_attention_is_chosen_with_a_reason() -> None:
-    """auto on the CPU is sdpa; flash_attn asked for without a GPU is an error with a way out."""
-    cpu = torch.device("cpu")
-    function, reason = models.choose_attention("auto", cpu, torch.float32)
-    assert function is models.attention_sdpa and "no GPU" in reason
-    assert models.choose_attention("math", cpu, torch.float32)[0] is models.attention_math
-    with pytest.raises(ConfigError, match="use auto"):
-        models.choose_attention("flash_attn", cpu, torch.bfloat16)
-
-
 def test_huggingface_config_round_trip() -> None:
     """config.json gives the architecture back; another architecture is refused."""
-    values = models.huggingface_config(SMALL, 0, 1)
-    assert models.from_huggingface_config(values) == SMALL
+    values = hf.config_json(SMALL, 0, 1)
+    assert hf.model_config(values) == SMALL
     with pytest.raises(ValueError, match="model_type"):
-        models.from_huggingface_config({**values, "model_type": "llama"})
+        hf.model_config({**values, "model_type": "llama"})
 
 
 @pytest.mark.gpu
@@ -358,8 +346,8 @@ def test_attention_on_the_gpu(attention: str) -> None:
     """Each backend in bf16 on the GPU against fp32 mathematics: 2e-2."""
     device = torch.device("cuda")
     q, k, v = torch.randn(3, 2, 256, 4, 64, device=device)
-    function, _ = models.choose_attention(attention, device, torch.bfloat16)
-    out = function(q.bfloat16(), k.bfloat16(), v.bfloat16()).float()
+    name, _ = choose_attention(attention, device, torch.bfloat16)
+    out = models.attention_function(name)(q.bfloat16(), k.bfloat16(), v.bfloat16()).float()
     torch.testing.assert_close(out, models.attention_math(q, k, v), atol=2e-2, rtol=2e-2)
 
 

@@ -26,6 +26,8 @@ from helpers import (
     write_tiny,
 )
 
+from smollm import atomic
+
 RESUME = ("--resume", "auto")
 SETTINGS = ("training.eval_steps=5", "training.sample_steps=7")
 SLOW = pytest.mark.slow
@@ -181,9 +183,7 @@ def test_signal_through_train_sh(reference: Path, tmp_path: Path, to: str) -> No
 
 def _assert_unlocked(directory: Path) -> None:
     """No process of the run is left: its lock is free."""
-    import files
-
-    with files.lock(directory / "run/checkpoints/.lock"):
+    with atomic.lock(directory / "run/checkpoints/.lock"):
         pass
 
 
@@ -231,10 +231,13 @@ def test_the_terminal_goes_away_and_nobody_minds(reference: Path, tmp_path: Path
     assert digest(tmp_path, 16) == digest(reference, 16)
 
 
-def test_a_door_leaves_without_exit_handlers() -> None:
+def test_a_command_leaves_without_exit_handlers() -> None:
     """W&B's may wait for ever, gloo's threads may abort what is torn down: the code is kept."""
-    for end, code in (("doors.leave(3)", 3), ("raise SystemExit(3)", -signal.SIGABRT)):
-        program = f"import atexit, os, doors; atexit.register(os.abort); print('done'); {end}"
+    for end, code in (("cli.leave(3)", 3), ("raise SystemExit(3)", -signal.SIGABRT)):
+        program = "import atexit, os; from smollm import cli; atexit.register(os.abort)"
+        program += f"; print('done'); {end}"
         door = call(ROOT, [sys.executable, "-c", program])
         assert door.returncode == code
-    assert call(ROOT, [sys.executable, "-c", "import doors; print('said'); doors.leave(0)"]).stdout
+    assert call(
+        ROOT, [sys.executable, "-c", "from smollm import cli; print('said'); cli.leave(0)"]
+    ).stdout

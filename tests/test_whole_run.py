@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import ROOT, SHARED, call, events, step_directory, train, train_sh, write_tiny
 
-import files
+from smollm.checkpoint import store
 
 WORDS = ("training.eval_steps=4", "training.sample_steps=6")
 
@@ -66,7 +66,7 @@ def test_the_pipeline_leaves_what_it_promises(run: Path) -> None:
         picture = (run / "run/logs/plots" / f"{name}.png").read_bytes()
         assert picture.startswith(b"\x89PNG") and len(picture) > 5000
     for step in (12, 16):
-        assert files.problem(step_directory(run, step)) is None
+        assert store.problem(step_directory(run, step)) is None
     assert (run / "run/checkpoints/latest").resolve().name == "step_000016"
     output = (run / "output").read_text()
     for word in ("99,840", "phase 1 is complete", "phase 2 complete", "tokens per step", "done:"):
@@ -136,7 +136,7 @@ def test_the_full_model_takes_two_steps(tmp_path: Path) -> None:
     assert "123,654,144" in result.stdout and "262,928 tokens" in result.stdout
     first = events(tmp_path, "eval")[0]["val_loss"]
     assert first == pytest.approx(math.log(50258), abs=0.3)
-    assert files.problem(step_directory(tmp_path, 2)) is None
+    assert store.problem(step_directory(tmp_path, 2)) is None
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_odd_paths_work(tmp_path: Path, name: str) -> None:
     write_tiny(directory)
     result = run_train_sh(directory, "training.train_steps=2", "training.continue_steps=1")
     assert result.returncode == 0, result.stdout
-    assert files.problem(step_directory(directory, 3)) is None
+    assert store.problem(step_directory(directory, 3)) is None
 
 
 def test_train_sh_answers_for_itself(tmp_path: Path) -> None:

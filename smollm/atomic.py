@@ -1,0 +1,309 @@
+"""Files and directories that are either complete or not there, and the locks on directories.
+
+A directory is written under a temporary name; every file is flushed to the disk (fsync); a manifest
+with the size and sha256 of each file is added; the directory is renamed; its parent is flushed. A
+crash at any moment leaves the old state and perhaps a temporary directory, which the next start
+removes. The manifest is the proof that a directory is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import time
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from smollm import fault_injection
+from smollm.errors import LockedError, ResourceError
+
+MANIFEST = "manifest.json"
+TEMPORARY = ".tmp-"
+REPLACED = TEMPORARY + "replaced-"  # an older directory, until the new one has its name
+_OURS = re.compile(  # temporary names that this project makes: those of other programs are kept
+    r"\.tmp-(replaced-|removed-|link-)*"
+    r"(step_\d{6}|tokens-\w+|tokenizer-[\w.]+|latest|best|probe)(-\d+)?"
+)
+
+
+# --- locks ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def lock(path: Path, wait: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Hold a lock file (flock: the kernel releases it when the holder ends, however it ends).
+
+    Args:
+        wait: wait for another holder, after passing this function a line about it.
+
+    Raises:
+        LockedError: another process holds it, and `wait` is None; its pid and host are named.
+    """
+    with open(path, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if wait is None:
+                raise LockedError(
+                    f"{path.parent}: is in use by another run ({_holder(path)}); wait for it, stop "
+                    "it, or name another directory"
+                ) from error
+            wait(f"{path.parent}: waiting for another run ({_holder(path)})")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.truncate(0)
+        file.write(f"pid {os.getpid()} on host {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def _holder(path: Path) -> str:
+    """The process that holds a lock, as it wrote itself there.
+
+    A holder that has just got the lock may not have written yet, and one that was killed left its
+    own line: so look again, for a second, while the line names no living process.
+    """
+    line = ""
+    for _ in range(20):
+        line = path.read_text(encoding="utf-8").strip()
+        match = re.fullmatch(r"pid (\d+) on host (.*)", line)
+        if match and (match[2] != socket.gethostname() or Path(f"/proc/{match[1]}").exists()):
+            return line
+        time.sleep(0.05)
+    return line or "another process"
+
+
+@contextlib.contextmanager
+def hold(directory: Path, flag: str) -> Iterator[list[str]]:
+    """Hold a directory, made if need be, for one run; yields what `sweep` did there.
+
+    Args:
+        flag: the flag that names the directory, for the error.
+
+    Raises:
+        ResourceError: it cannot be made or written.
+        LockedError: another process holds it.
+    """
+    require_usable(directory, flag)
+    with contextlib.ExitStack() as stack:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock(directory / ".lock"))
+            swept = sweep(directory)
+            temporary_directory(directory / "probe").rmdir()  # the lock may be there already
+        except OSError as error:
+            raise ResourceError(
+                f"{flag} {directory}: {error.strerror} ({error.filename}); name a directory that "
+                "can be written"
+            ) from error
+        yield swept
+
+
+def require_usable(directory: Path, flag: str) -> None:
+    """Raise ResourceError where a directory cannot be made or written. Writes nothing."""
+    place = nearest(directory)
+    why = None
+    if not os.path.isdir(place):
+        why = "is not a directory"
+    elif not os.access(place, os.W_OK | os.X_OK):
+        why = "cannot be written"
+    if why:
+        raise ResourceError(
+            f"{flag} {directory}: {place} {why}; name a directory that can be written"
+        )
+
+
+def nearest(path: Path) -> Path:
+    """The path itself, or the nearest of its parents that exists."""
+    while not os.path.lexists(path):
+        path = path.parent
+    return path
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def sha256(path: Path) -> str:
+    """The sha256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def flush(path: Path) -> None:
+    """Have the kernel write a file, or a directory's entries, to the disk (fsync)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; what the block writes there then replaces `path`."""
+    temporary = path.with_name(f"{TEMPORARY}{path.name}")
+    temporary.unlink(missing_ok=True)  # of a process that was killed
+    yield temporary
+    os.replace(temporary, path)
+
+
+def link(target: str, path: Path) -> None:
+    """Point the symbolic link `path` at `target` (relative), atomically."""
+    with replacing(path) as temporary:
+        temporary.symlink_to(target)
+        if path.is_dir() and not path.is_symlink():  # a copy of save_dir made it a directory
+            os.rename(path, path.with_name(f"{path.name}-was-a-directory-{os.getpid()}"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file (UTF-8, indented)."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; raises OSError, ValueError or RecursionError."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+# --- disk space and errors -----------------------------------------------------------------------
+
+
+def free_bytes(directory: Path) -> int:
+    """Bytes that this user may still write on the file system of `directory`."""
+    return shutil.disk_usage(directory).free
+
+
+def require_space(directory: Path, needed: int) -> None:
+    """Raise ResourceError, with both figures, unless `needed` bytes are free at `directory`."""
+    free = free_bytes(directory)
+    if free < needed:
+        raise ResourceError(
+            f"{directory}: {needed:,} bytes are needed and {free:,} are free; make room or name "
+            "another directory"
+        )
+
+
+def is_disk_full(error: OSError) -> bool:
+    """Whether an error says that there is no room: disk, quota or file size limit."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def is_transient(error: OSError) -> bool:
+    """Whether the same write may succeed a moment later."""
+    return error.errno in (errno.EIO, errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT, errno.ESTALE)
+
+
+# --- directories ---------------------------------------------------------------------------------
+
+
+def temporary_directory(final: Path) -> Path:
+    """Make a fresh directory beside `final` to write into."""
+    path = final.parent / f"{TEMPORARY}{final.name}-{os.getpid()}"
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    return path
+
+
+def publish(temporary: Path, final: Path, point: str) -> int:
+    """Add the manifest to a written directory and give it its final name; returns its bytes.
+
+    An older directory of that name is renamed first and removed afterwards.
+
+    Args:
+        point: the prefix of this write's fault points (see fault_injection.py).
+    """
+    entries = {}
+    for path in sorted(temporary.iterdir()):
+        flush(path)
+        entries[path.name] = {"size": path.stat().st_size, "sha256": sha256(path)}
+    fault_injection.point(f"{point}.hashed")
+    write_json(temporary / MANIFEST, {"format_version": 1, "files": entries})
+    flush(temporary / MANIFEST)
+    flush(temporary)
+    fault_injection.point(f"{point}.manifest")
+    aside = final.parent / f"{REPLACED}{final.name}-{os.getpid()}"
+    if os.path.lexists(final):
+        os.rename(final, aside)
+        fault_injection.point("remove.renamed")
+    os.rename(temporary, final)
+    fault_injection.point(f"{point}.renamed")
+    flush(final.parent)
+    remove(aside)
+    return sum(entry["size"] for entry in entries.values())
+
+
+def remove(directory: Path) -> None:
+    """Remove a directory so that a crash half-way never leaves a part under its name."""
+    if directory.is_symlink() or directory.is_file():
+        directory.unlink()
+    elif directory.exists():
+        aside = directory.parent / f"{TEMPORARY}removed-{directory.name}-{os.getpid()}"
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(directory, aside)
+        fault_injection.point("remove.renamed")
+        shutil.rmtree(aside)
+
+
+def problem(directory: Path, read: Collection[str] = ()) -> str | None:
+    """What is wrong with a published directory, naming the file; None when it is whole.
+
+    Args:
+        read: names of files that are read from it. Where one is there it must be in the manifest,
+            as must every tensor and array file; other tools may add files of other names.
+    """
+    try:
+        manifest = read_json(directory / MANIFEST)
+        if manifest["format_version"] != 1:
+            return f"{MANIFEST} has an unknown format_version"
+        entries = manifest["files"].items()
+        for name, entry in entries:
+            path = directory / name
+            if "/" in name or name.startswith("."):
+                return f"{MANIFEST} names {name!r}, which lies outside the directory"
+            if path.is_symlink() or not path.is_file():
+                return f"{name} is missing or not a regular file"
+            if path.stat().st_size != entry["size"]:
+                return f"{name} has {path.stat().st_size:,} bytes, expected {entry['size']:,}"
+        for name, entry in entries:
+            if sha256(directory / name) != entry["sha256"]:
+                return f"{name} does not have the sha256 that {MANIFEST} gives"
+        for path in sorted(directory.iterdir()):
+            is_read = path.suffix in (".safetensors", ".npy") or path.name in read
+            if is_read and path.name not in manifest["files"]:
+                return f"{path.name} is not in {MANIFEST}"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename or MANIFEST).name} is missing"
+    except OSError as error:
+        return f"{Path(error.filename or directory).name}: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return f"{MANIFEST} is not a manifest"
+    return None if manifest["files"] else f"{MANIFEST} names no files"
+
+
+def sweep(parent: Path) -> list[str]:
+    """Remove the temporary entries that processes left in `parent`; returns what was done."""
+    done = []
+    for path in sorted(parent.iterdir()) if parent.is_dir() else ():
+        if not _OURS.fullmatch(path.name):
+            continue
+        final = parent / path.name.removeprefix(REPLACED).rpartition("-")[0]
+        if path.name.startswith(REPLACED) and not os.path.lexists(final):
+            os.rename(path, final)  # ended between two renames: the old one is still good
+            done.append(f"{final.name} brought back")
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+        done.append(f"{path.name} removed")
+    return done

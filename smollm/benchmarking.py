@@ -1,0 +1,426 @@
+"""The measurements that benchmark.py makes: ours and its peers', each in a process of its own.
+
+Every worker takes the configuration and the command line's arguments and returns what it found;
+`seconds` holds the raw times. WORKERS, at the end, names them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import gc
+import importlib.metadata
+import logging
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from tokenizers import Tokenizer
+
+from model import CausalLM, count_parameters, flops_per_token, initialize
+from smollm import atomic, generation, hardware
+from smollm.checkpoint import huggingface, resume, store
+from smollm.config import Config
+from smollm.data import token_cache, tokenizer
+from smollm.data.documents import SEPARATOR
+from smollm.errors import UserError
+from smollm.signals import StopSignals
+from smollm.training import setup
+from smollm.training.job import Job
+from smollm.training.memory import fit_memory
+from smollm.training.optimizer import micro_batch_size, smaller_micro_batch
+from smollm.training.run import Run
+
+PROMPT_TOKENS, NEW_TOKENS, SAMPLES = 8, 100, 3  # of the generation measurement
+PLAIN_BATCH = 32_000_000  # bytes given to encode_batch at once: its results stay in memory
+Result = dict[str, Any]
+
+
+# --- our side ------------------------------------------------------------------------------------
+
+
+def _wait(device: torch.device) -> float:
+    """Wait until the device has done everything; returns the time."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class Clock:
+    """Marks the ends of steps: on a GPU by its own clock, so that nothing has to wait."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.marks = device, []
+
+    def mark(self) -> None:
+        """Note that what was launched so far ends here."""
+        if self.device.type == "cuda":
+            self.marks.append(torch.cuda.Event(enable_timing=True))
+            self.marks[-1].record()
+        else:
+            self.marks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        """The seconds between successive marks."""
+        _wait(self.device)
+        pairs = list(zip(self.marks, self.marks[1:], strict=False))
+        if self.device.type == "cuda":
+            return [before.elapsed_time(after) / 1e3 for before, after in pairs]
+        return [after - before for before, after in pairs]
+
+
+@contextlib.contextmanager
+def _run(
+    config: Config, last: int, directory: Path, resume_from: Path | None = None
+) -> Iterator[Run]:
+    """A run as the program sets it up, ready to take steps, but on random token ids."""
+    rows, needed = config.model.vocab_size, last * config.tokens_per_step + 1
+    count = max(min(needed, 1 << 26), config.data.sequence_length + 1)
+    dtype = np.uint16 if rows <= 1 << 16 else np.uint32
+    tokens = np.random.default_rng(config.training.seed).integers(0, rows, count, dtype)
+    corpus = token_cache.Corpus(
+        tokens, tokens[:1024], tokenizer.learn(["a text"], 258), 1, {"text_bytes": 0}
+    )
+    directory.mkdir(exist_ok=True)
+    job = Job(config, 1, Path("random"), directory, directory, last, resume_from, StopSignals())
+    logger = logging.getLogger("benchmark")
+    logger.handlers = [logging.StreamHandler(sys.stderr)]
+    run = setup.set_up(job, logger, corpus)
+    with hardware.step_conditions(run.hardware):
+        if run.hardware.device.type == "cuda" and config.training.fit_memory:
+            fit_memory(run)
+        yield run
+
+
+def train_ours(config: Config, arguments: argparse.Namespace) -> Result:
+    """The steps of the training loop, which reads no numbers between them."""
+    began, last = time.perf_counter(), arguments.warmup + arguments.steps
+    with _run(config, last, arguments.scratch / "run") as run:
+        clock, waits = Clock(run.hardware.device), []
+        for step in range(1, last + 1):
+            asked = time.perf_counter()
+            input_ids, labels = run.batch(step)
+            waits.append(time.perf_counter() - asked)
+            run.train_step(step, input_ids, labels)
+            if step == 1:
+                first = _wait(run.hardware.device) - began
+            if step >= arguments.warmup:
+                clock.mark()
+        seconds = clock.seconds()
+    return {
+        "seconds": seconds,
+        "data_wait_share": statistics.median(waits) / statistics.median(seconds),
+        "time_to_first_step_seconds": first,
+        "peak_memory_gib": hardware.peak_memory_gib(run.hardware.device),
+        "micro_batch": run.train_step.micro_batch,
+        "gradient_checkpointing": run.model.model.gradient_checkpointing,
+        "attention": run.hardware.attention_reason,
+        "last_loss": run.train_step.read().loss,
+    }
+
+
+def _timed_step(run: Run) -> float:
+    """Take the run's next step and wait for it; returns its seconds."""
+    began, step = _wait(run.hardware.device), run.progress.step + 1
+    run.train_step(step, *run.batch(step))
+    run.count_step(step)
+    return _wait(run.hardware.device) - began
+
+
+def checkpoint_ours(config: Config, arguments: argparse.Namespace) -> Result:
+    """Save while training goes on."""
+    root = arguments.scratch / "checkpoints"
+    with _run(config, 64, root) as run:
+        quiet = statistics.median([_timed_step(run) for _ in range(arguments.warmup + 5)][-5:])
+        run.host_copy.thread.join()  # a run's first save comes after hundreds of steps
+        began, meanwhile = time.time(), []
+        run.save()
+        while run.writer.thread.is_alive():
+            meanwhile.append(_timed_step(run))
+        run.writer.wait(final=True)
+    saved = [event for event in run.tracker.metrics.events() if event["event"] == "checkpoint"][0]
+    return {
+        # `latest` is made when everything is on the disk.
+        "seconds": [(root / store.LATEST).lstat().st_mtime - began],
+        "stall_seconds": saved["stall_seconds"],
+        "lost_seconds": saved["stall_seconds"] + sum(meanwhile) - quiet * len(meanwhile),
+        "quiet_step_seconds": quiet,
+        "bytes": saved["bytes"],
+    }
+
+
+def resume_ours(config: Config, arguments: argparse.Namespace) -> Result:
+    """A fresh process goes on from the newest checkpoint, as `train.py --resume auto` does."""
+    torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])  # imports a second's worth of modules
+    began, root = time.perf_counter(), arguments.scratch / "checkpoints"
+    path = resume.find_resume(root, "auto", print)
+    verified = time.perf_counter()
+    last = store.read_trainer_state(path)["step"] + 1
+    with _run(config, last, root, path) as run:
+        ready = _wait(run.hardware.device)
+        first_step = _timed_step(run)
+    return {
+        "seconds": [ready - began],
+        "verify_seconds": verified - began,
+        "load_seconds": ready - verified,
+        "first_step_seconds": first_step,
+    }
+
+
+def _body(arguments: argparse.Namespace) -> bytes:
+    """The input, ended as a document; the text to tokenize is copies of it."""
+    return arguments.input_file.read_bytes() + f"\n{SEPARATOR}\n".encode()
+
+
+def make_text(config: Config, arguments: argparse.Namespace) -> Result:
+    """Write the text to tokenize and the tokenizer to use."""
+    short = dataclasses.replace(config, data=dataclasses.replace(config.data, sequence_length=1))
+    corpus = token_cache.prepare(short, arguments.input_file, log=lambda line: None)
+    (arguments.scratch / "tokenizer.json").write_text(corpus.tokenizer.to_str(), encoding="utf-8")
+    body = _body(arguments)
+    with open(arguments.scratch / "text.txt", "wb") as file:
+        for _ in range(-(-arguments.text_mb * 1_000_000 // len(body))):
+            file.write(body)
+    return {}
+
+
+def _tokenized(seconds: float, tokens: int, arguments: argparse.Namespace) -> Result:
+    size = (arguments.scratch / "text.txt").stat().st_size
+    peak = hardware.peak_memory_gib(torch.device("cpu"))
+    return {"seconds": [seconds], "mb": size / 1e6, "tokens": tokens, "peak_memory_gib": peak}
+
+
+def tokenize_ours(config: Config, arguments: argparse.Namespace) -> Result:
+    """From the text to verified token files, in an empty cache."""
+    tokenizer_json = (arguments.scratch / "tokenizer.json").read_text("utf-8")
+    with tempfile.TemporaryDirectory(dir=arguments.scratch) as cache:
+        parts = dataclasses.replace(config.data, cache_dir=cache)
+        began = time.perf_counter()
+        text = arguments.scratch / "text.txt"
+        corpus = token_cache.prepare(
+            dataclasses.replace(config, data=parts), text, tokenizer_json, lambda line: None
+        )
+        seconds = time.perf_counter() - began
+        return _tokenized(seconds, len(corpus.train) + len(corpus.validation), arguments)
+
+
+def _prompts(config: Config) -> tuple[list[list[int]], int]:
+    """Random prompts, and how many tokens to add to each."""
+    length = min(PROMPT_TOKENS, config.model.max_position_embeddings - 1)
+    random = np.random.default_rng(config.training.seed)
+    ids = random.integers(0, config.model.vocab_size, (SAMPLES, length))
+    return ids.tolist(), min(NEW_TOKENS, config.model.max_position_embeddings - length)
+
+
+def _generated(generate: Callable[[], int], device: torch.device) -> Result:
+    """Time `generate`, which returns the number of new tokens, after a warm-up."""
+    tokens, seconds = generate(), []
+    for _ in range(3):
+        began = _wait(device)
+        generate()
+        seconds.append(_wait(device) - began)
+    return {"seconds": seconds, "tokens": tokens}
+
+
+def generate_ours(config: Config, arguments: argparse.Namespace) -> Result:
+    """generation.generate_ids on random weights, which it leaves for the peer."""
+    machine = hardware.choose(config)
+    model = CausalLM(config.model, machine.dtype)
+    initialize(model, torch.Generator().manual_seed(config.training.seed))
+    directory = arguments.scratch / "model"
+    directory.mkdir(exist_ok=True)
+    weights = dict(model.named_parameters())
+    safetensors.torch.save_file(weights, directory / store.WEIGHTS, {"format": "pt"})
+    document = huggingface.config_json(config.model, None, None)
+    atomic.write_json(directory / store.MODEL_CONFIG, document)
+    model = model.to(machine.device, machine.dtype).eval()
+    prompts, new = _prompts(config)
+    settings = dataclasses.replace(config.generation, max_length=len(prompts[0]) + new)
+    seeds, no_end = list(range(SAMPLES)), -1  # no token is -1: every sample has its full length
+
+    def generate() -> int:
+        found = generation.generate_ids(model, prompts, settings, seeds, no_end)
+        return sum(len(continuation.ids) for continuation in found)
+
+    return _generated(generate, machine.device)
+
+
+# --- the peers -----------------------------------------------------------------------------------
+
+
+def tokenize_plain(config: Config, arguments: argparse.Namespace) -> Result:
+    """Tokenizer.encode_batch over the same documents; nothing but its own time counts."""
+    plain = Tokenizer.from_str((arguments.scratch / "tokenizer.json").read_text("utf-8"))
+    body = _body(arguments)
+    documents = body.decode("utf-8").split(f"{SEPARATOR}\n")
+    copies = (arguments.scratch / "text.txt").stat().st_size // len(body)
+    together = max(1, PLAIN_BATCH // len(body))
+    seconds, tokens = 0.0, 0
+    for first in range(0, copies, together):
+        batch = documents * min(together, copies - first)
+        began = time.perf_counter()
+        encodings = plain.encode_batch(batch)
+        seconds += time.perf_counter() - began
+        tokens += sum(len(encoding) for encoding in encodings)
+    return _tokenized(seconds, tokens, arguments)
+
+
+def generate_transformers(config: Config, arguments: argparse.Namespace) -> Result:
+    """transformers' generate, from the same weights in the same dtype."""
+    from transformers import AutoModelForCausalLM
+
+    machine = hardware.choose(config)
+    device = machine.device
+    model = AutoModelForCausalLM.from_pretrained(arguments.scratch / "model", dtype=machine.dtype)
+    model = model.to(device).eval()
+    prompts, new = _prompts(config)
+    input_ids = torch.tensor(prompts, device=device)
+    options = {"attention_mask": torch.ones_like(input_ids), "max_new_tokens": new}
+    if config.generation.temperature > 0:
+        names = ("temperature", "top_k", "top_p")
+        options |= {"do_sample": True, **{name: getattr(config.generation, name) for name in names}}
+
+    def generate() -> int:
+        return model.generate(input_ids, pad_token_id=0, **options)[:, len(prompts[0]) :].numel()
+
+    return _generated(generate, device)
+
+
+def train_transformers(config: Config, arguments: argparse.Namespace, compiled: bool) -> Result:
+    """Hugging Face Trainer; with smaller micro-batches where ours does not fit on the GPU."""
+    micro_batch = config.training.batch_size
+    while (result := _trainer_steps(config, arguments, compiled, micro_batch)) is None:
+        micro_batch = smaller_micro_batch(micro_batch, config.sequences_per_step)
+        if micro_batch is None:
+            raise UserError("one sequence does not fit on the GPU", 3)
+        gc.collect()
+        torch.cuda.empty_cache()
+    return result
+
+
+def _trainer_steps(
+    config: Config, arguments: argparse.Namespace, compiled: bool, micro_batch: int
+) -> Result | None:
+    """Trainer's steps, as its documentation has it run; None where memory does not suffice."""
+    import transformers
+
+    began = time.perf_counter()
+    options = _trainer_options(config, arguments, compiled, micro_batch)
+    device = options.device
+    torch.manual_seed(config.training.seed)
+    architecture = huggingface.config_json(config.model, None, None)
+    model = transformers.Starcoder2ForCausalLM(
+        transformers.Starcoder2Config.from_dict(architecture)
+    )
+    shape = (options.max_steps * config.sequences_per_step, config.data.sequence_length)
+    ids = torch.randint(config.model.vocab_size, shape, dtype=torch.int32)
+    clock, first = Clock(device), []
+
+    class Dataset(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return len(ids)
+
+        def __getitem__(self, row: int) -> Result:
+            return {"input_ids": ids[row].long(), "labels": ids[row].long()}
+
+    class Callback(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 1:
+                first.append(_wait(device) - began)
+            if state.global_step >= arguments.warmup:
+                clock.mark()
+
+    loop = transformers.Trainer(model, options, train_dataset=Dataset(), callbacks=[Callback()])
+    try:
+        final = loop.train()
+    except torch.OutOfMemoryError:
+        return None
+    return {
+        "seconds": clock.seconds(),
+        "time_to_first_step_seconds": first[0],
+        "peak_memory_gib": hardware.peak_memory_gib(device),
+        "micro_batch": micro_batch,
+        "attention": model.config._attn_implementation,
+        "optimizer": str(options.optim),
+        "mean_loss": final.training_loss,
+    }
+
+
+def _trainer_options(
+    config: Config, arguments: argparse.Namespace, compiled: bool, micro_batch: int
+) -> Any:
+    """TrainingArguments: our settings where it has them, nothing logged, saved or evaluated."""
+    import transformers
+
+    machine, training = hardware.choose(config), config.training
+    same = ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "seed")
+    same += ("adam_beta1", "adam_beta2", "adam_epsilon")
+    return transformers.TrainingArguments(
+        output_dir=str(arguments.scratch / "trainer"),
+        max_steps=arguments.warmup + arguments.steps,
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=config.sequences_per_step // micro_batch,
+        bf16=machine.dtype == torch.bfloat16,
+        use_cpu=machine.device.type == "cpu",
+        torch_compile=compiled,
+        gradient_checkpointing=training.gradient_checkpointing != "none",
+        lr_scheduler_type="cosine",
+        dataloader_pin_memory=machine.device.type == "cuda",
+        disable_tqdm=True,
+        report_to="none",
+        **dict.fromkeys(("logging_strategy", "save_strategy", "eval_strategy"), "no"),
+        **{name: getattr(training, name) for name in same},
+    )
+
+
+def environment(config: Config, arguments: argparse.Namespace) -> Result:
+    """The machine and the versions; finds what the configuration asks for in vain."""
+    machine, length = hardware.choose(config), config.data.sequence_length
+    micro_batch_size(config, 1)
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if machine.device.type == "cuda" else None,
+    }
+    for package in ("transformers", "accelerate", "tokenizers"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {
+        "device": hardware.name(machine.device),
+        "cores": os.cpu_count(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "versions": versions,
+        "precision": str(machine.dtype).removeprefix("torch."),
+        "attention": machine.attention_reason,
+        "parameters": count_parameters(config.model).total,
+        "peak_flops": hardware.peak_flops(machine.device),
+        "flops_per_token_half": flops_per_token(config.model, length),
+        "flops_per_token_full": flops_per_token(config.model, length, causal=False),
+    }
+
+
+WORKERS: dict[str, Callable[[Config, argparse.Namespace], Result]] = {
+    "environment": environment,
+    "text": make_text,
+    "tokenize ours": tokenize_ours,
+    "tokenize encode_batch": tokenize_plain,
+    "train ours": train_ours,
+    "train transformers": functools.partial(train_transformers, compiled=False),
+    "train transformers-compile": functools.partial(train_transformers, compiled=True),
+    "checkpoint ours": checkpoint_ours,
+    "resume ours": resume_ours,
+    "generate ours": generate_ours,
+    "generate transformers": generate_transformers,
+}

@@ -1,0 +1,137 @@
+"""Which checkpoint a run starts from, and whether it may go on from there. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from smollm.checkpoint import store
+from smollm.config import Config, differences, from_dict, replace_training
+from smollm.errors import CheckpointError, ConfigError
+
+# Keys that change what a model computes without changing the shapes of its weights.
+_FUNCTION_KEYS = ("num_attention_heads", "rope_theta", "layer_norm_epsilon")
+
+
+def find_resume(save_dir: Path, resume: str, log: Callable[[str], None]) -> Path | None:
+    """The checkpoint that phase 1 starts from; None for a fresh run.
+
+    Args:
+        resume: never, auto, or the path of a checkpoint.
+        log: takes a line for each damaged checkpoint that is passed over.
+
+    Raises:
+        ConfigError: save_dir holds checkpoints that the run would overwrite.
+        CheckpointError: what `resume` names cannot be used.
+    """
+    present = store.steps(save_dir)
+    if resume == "auto":
+        return store.newest_whole(save_dir, log)
+    if resume == "never":
+        if present:
+            raise ConfigError(
+                f"--save_dir {save_dir}: holds {len(present)} checkpoints (the newest of step "
+                f"{present[-1]}); --resume auto goes on with them, another --save_dir starts "
+                "afresh"
+            )
+        return None
+    path = Path(resume)
+    store.require_whole(path)
+    state = store.read_trainer_state(path)
+    newer = [other for other in present if other > state["step"]]
+    if newer:
+        raise ConfigError(
+            f"--resume {path}: {save_dir} holds newer checkpoints (steps "
+            f"{', '.join(map(str, newer))}), which would be overwritten; name another "
+            "--save_dir, or --resume auto"
+        )
+    for other in present:
+        directory = store.directory_of(save_dir, other)
+        run_id = store.summary(directory).get("wandb_run_id")
+        if run_id not in (None, state.get("wandb_run_id")):
+            raise ConfigError(
+                f"--resume {path}: {directory} is of another run; name another --save_dir"
+            )
+    return path
+
+
+def find_continuation(
+    save_dir: Path, start_step: int, last: int, log: Callable[[str], None]
+) -> Path:
+    """The newest whole checkpoint of phase 2, else the one of start_step, which must be whole.
+
+    Args:
+        last: the step that phase 2 goes to.
+        log: takes a line for each damaged checkpoint that is passed over.
+
+    Raises:
+        CheckpointError: the checkpoint of start_step is missing or damaged.
+        ConfigError: phase 1 went on from start_step.
+    """
+    start = store.directory_of(save_dir, start_step)
+    store.require_whole(start)
+    if not any(start_step < step <= last for step in store.steps(save_dir)):
+        return start
+    newest = store.newest_whole(save_dir, log, start_step, last)
+    if newest != start and store.read_trainer_state(newest)["phase"] == 1:
+        raise ConfigError(
+            f"--start_step {start_step}: phase 1 went on from there to {newest.name}, which "
+            "would be lost; name its last step, or copy the checkpoint to another --save_dir"
+        )
+    return newest
+
+
+def with_schedule_of(config: Config, directory: Path) -> Config:
+    """The configuration with the schedule's length that the checkpoint was trained with.
+
+    So phase 2 goes on at phase 1's final rate, also after a phase 1 with --train_steps.
+    """
+    saved = from_dict(store.read_trainer_state(directory)["config"])
+    return replace_training(config, train_steps=saved.training.train_steps)
+
+
+def completion(directory: Path | None, phase: int, last: int) -> str | None:
+    """A line that says that a phase is complete; None where it has steps left, or an evaluation.
+
+    Args:
+        directory: the checkpoint that the phase would go on from.
+        last: the step that the phase goes to.
+    """
+    if directory is None:
+        return None
+    state = store.read_trainer_state(directory)
+    step, evaluated = state["step"], state.get("val_loss") is not None
+    if step > last or (step == last and evaluated):
+        return f"phase {phase} (to step {last}) is complete: {directory} is at step {step}"
+    return None
+
+
+def check_compatible(
+    config: Config, fingerprint: dict[str, Any], saved: store.Checkpoint
+) -> list[str]:
+    """Refuse to go on with another text or model; returns the keys that changed, a line each.
+
+    Args:
+        fingerprint: of the text, tokenizer and split that the run would go on with.
+
+    Raises:
+        CheckpointError: they differ from the checkpoint's.
+    """
+    before = saved.trainer_state.get("data", {})
+    changed = [key for key in fingerprint if before.get(key) != fingerprint[key]]
+    if changed and not config.data.allow_changed_input:
+        raise CheckpointError(
+            f"the checkpoint of step {saved.step} was trained on another input "
+            f"({', '.join(changed)} differ); give the same text, or set "
+            "data.allow_changed_input=true to go on with this one"
+        )
+    old = from_dict(saved.trainer_state["config"])
+    for key in _FUNCTION_KEYS:
+        was, now = getattr(old.model, key), getattr(config.model, key)
+        if was != now:
+            raise CheckpointError(
+                f"the checkpoint of step {saved.step} has model.{key} {was}, and the "
+                f"configuration {now}: that is another model; set model.{key}={was}"
+            )
+    return differences(old, config)

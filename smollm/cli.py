@@ -1,0 +1,197 @@
+"""What the commands have in common: flags, how an error is printed, how a command ends.
+
+Imports no torch, so that a wrong command line is answered in well under a second. errors.py has the
+exit codes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from smollm import ranks, signals
+from smollm.config import LAST_STEP, Config
+from smollm.config_reader import load
+from smollm.errors import ConfigError, UserError
+
+RANK_0_SECONDS = 10.0  # how long the other ranks leave it to rank 0 to report an error
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse, with one line for an error and no abbreviations of flags."""
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__(
+            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs
+        )
+
+    def error(self, message: str) -> None:
+        """Raise the problem as a ConfigError that says where help is."""
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+
+def positive_integer(word: str) -> int:
+    """An argparse type: a whole number from 1 to 999999."""
+    digits = word.isascii() and word.isdigit() and len(word) < 8
+    if not (digits and 1 <= int(word) <= LAST_STEP):
+        expected = f"a whole number from 1 to {LAST_STEP}"
+        raise argparse.ArgumentTypeError(f"got {word!r}, expected {expected}")
+    return int(word)
+
+
+def text(word: str) -> str:
+    """An argparse type: a word of the command line that is valid UTF-8."""
+    try:
+        word.encode()
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError(f"got {word!r}, expected UTF-8") from error
+    return word
+
+
+def path(word: str) -> Path:
+    """An argparse type: a path, in UTF-8 because logs and checkpoints have to name it."""
+    return Path(text(word))
+
+
+def training_parser(description: str) -> ArgumentParser:
+    """A parser with the flags that both phases of training have."""
+    parser = ArgumentParser(description=description)
+    for name, default, meaning in (
+        ("--config", "config.yaml", "YAML file"),
+        ("--input_file", "input.txt", "UTF-8 text"),
+        ("--save_dir", "checkpoints", "checkpoints, of one run"),
+        ("--log_dir", "logs", "metrics, logs, plots and samples, of one run"),
+    ):
+        parser.add_argument(name, type=path, default=Path(default), help=f"{meaning} ({default})")
+    parser.add_argument("--train_steps", metavar="N", help="optimizer steps of this phase")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    return parser
+
+
+def parse(
+    parser: ArgumentParser, steps_key: str | None = None
+) -> tuple[argparse.Namespace, Config]:
+    """The command line and the configuration that it names; every problem is reported together.
+
+    Args:
+        steps_key: the key of the training section that --train_steps stands for, if it is a flag.
+
+    Raises:
+        ConfigError: something is wrong with them, or with torchrun's variables.
+    """
+    ranks.check(os.environ)
+    arguments, unknown = parser.parse_known_intermixed_args()
+    words = [word for word in arguments.overrides if not word.startswith("-")]
+    unknown += [word for word in arguments.overrides if word.startswith("-")]
+    if steps_key and arguments.train_steps is not None:
+        words.append(f"training.{steps_key}={arguments.train_steps}")
+    problems = [f"command line: unknown flag {word}" for word in unknown]
+    try:
+        config = load(arguments.config, words)
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(*problems)
+    return arguments, config
+
+
+def say(line: str) -> None:
+    """Print a line on stdout, on rank 0; a console that was closed is no error."""
+    if ranks.is_main():
+        with contextlib.suppress(OSError):
+            print(line, flush=True)
+
+
+def warn(line: str) -> None:
+    """Print a line on stderr, on rank 0; a console that was closed is no error."""
+    if ranks.is_main():
+        with contextlib.suppress(OSError):
+            print(line, file=sys.stderr, flush=True)
+
+
+def execute(main: Callable[[], int]) -> None:
+    """Run a command and exit with its code; an error becomes one line, without a traceback.
+
+    With DEBUG=1 in the environment the traceback is shown.
+    """
+    _open_streams()
+    try:
+        code = main()
+    except UserError as error:
+        code = error.exit_code
+        _report(f"error: {error}")
+    except SystemExit as end:  # argparse, or a signal while there was nothing to save
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    except BrokenPipeError:  # the reader of our output was closed: `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
+    except ModuleNotFoundError as error:
+        code = 1
+        _report(
+            f"error: {error.name} is not installed for {sys.executable}; ./train.sh installs what "
+            "is needed, and `source env.sh` makes it the shell's Python"
+        )
+    except OSError as error:  # the machine's answer, not a bug: no permission, a name too long
+        code = 3
+        _report(f"error: {error.filename or 'the system'}: {error.strerror or error}")
+    except Exception as error:
+        code = 1
+        hint = "" if os.environ.get("DEBUG") == "1" else " (DEBUG=1 shows where; please report it)"
+        _report(f"error: this should not happen: {type(error).__name__}: {error}{hint}")
+    leave(code)
+
+
+def _open_streams() -> None:
+    """Have a stdout and a stderr that take every line, also where they are closed or ASCII."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # `>&-`: the next file that is opened would take its number
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (for the whole process)
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _report(line: str) -> None:
+    """Print an error on stderr, once for a whole torchrun.
+
+    Ranks usually meet the same error, and torchrun ends all when the first of them leaves. So the
+    others give rank 0 time to print it, and print it themselves if they still run after that.
+    """
+    if os.environ.get("DEBUG") == "1":
+        traceback.print_exc()
+    if ranks.is_main():
+        warn(line)
+        return
+    for number in signals.NUMBERS:
+        signal.signal(number, signal.SIG_DFL)
+    time.sleep(RANK_0_SECONDS)
+    with contextlib.suppress(OSError):
+        print(f"rank {ranks.rank()}: {line}", file=sys.stderr, flush=True)
+
+
+def leave(code: int) -> None:
+    """Exit with `code` at once, without exit handlers and teardown of the interpreter.
+
+    Everything is on the disk by now. W&B's exit handlers wait for a server that does not answer,
+    and gloo's threads can abort a process during its teardown
+    (https://github.com/pytorch/pytorch/pull/179291). torchrun has one exit code of its own, so
+    train.sh reads ours from the file that EXIT_CODE_FILE names.
+    """
+    for number in signals.NUMBERS:  # a late one must not change the exit code
+        signal.signal(number, signal.SIG_IGN)
+    code_file = os.environ.get("EXIT_CODE_FILE")
+    if code_file and code and ranks.is_main():
+        Path(code_file).write_text(str(code), encoding="utf-8")
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a console that is closed
+            stream.flush()
+    os._exit(code)

@@ -1,0 +1,232 @@
+"""The configuration of a run: frozen dataclasses, and the checks between their keys.
+
+The defaults are those of the 123.6M run; config.yaml spells them out and explains every key.
+config_reader.py makes a Config from a file and overrides. Imports no torch, so that a wrong
+configuration is reported in well under a second.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+LAST_STEP = 999_999  # names of checkpoint directories have six digits
+
+
+def _setting(
+    default: Any,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    choices: tuple[str, ...] | None = None,
+) -> Any:
+    """A dataclass field with the range (inclusive) or the words that it accepts; None: any."""
+    metadata = {"minimum": minimum, "maximum": maximum, "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture: Hugging Face's `Starcoder2`."""
+
+    vocab_size: int = _setting(50258, 2, 2**24)
+    hidden_size: int = _setting(768, 2, 2**16)
+    num_hidden_layers: int = _setting(12, 1, 1024)
+    num_attention_heads: int = _setting(12, 1, 1024)
+    intermediate_size: int = _setting(3072, 1, 2**18)
+    max_position_embeddings: int = _setting(2048, 2, 2**20)
+    rope_theta: float = _setting(10000.0, 1.0, 1e12)
+    layer_norm_epsilon: float = _setting(1e-5, 1e-12, 0.1)
+    initializer_range: float = _setting(0.02, 0.0, 1.0)
+    dropout: float = _setting(0.0, 0.0, 0.9)
+    attention: str = _setting("auto", choices=("auto", "flash_attn", "sdpa", "math"))
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Where the tokenizer comes from: gpt2, train, or the path of a tokenizer.json."""
+
+    source: str = _setting("gpt2")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """How the text becomes windows of tokens."""
+
+    sequence_length: int = _setting(2048, 1, 2**20)
+    validation_fraction: float = _setting(0.05, 1e-4, 0.5)
+    cache_dir: str = _setting(".cache")
+    allow_changed_input: bool = _setting(False)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The optimizer, the schedule, and how often things happen (all in optimizer steps)."""
+
+    train_steps: int = _setting(5000, 1, LAST_STEP)
+    continue_steps: int = _setting(50, 1, LAST_STEP)
+    batch_size: int = _setting(48, 1, 2**20)
+    gradient_accumulation_steps: int = _setting(4, 1, 2**20)
+    learning_rate: float = _setting(5e-4, 0.0, 10.0)
+    min_learning_rate: float = _setting(5e-5, 0.0, 10.0)
+    warmup_steps: int = _setting(100, 0, LAST_STEP)
+    schedule: str = _setting("cosine", choices=("cosine", "linear", "constant"))
+    weight_decay: float = _setting(0.1, 0.0, 10.0)
+    adam_beta1: float = _setting(0.9, 0.0, 0.999999)
+    adam_beta2: float = _setting(0.95, 0.0, 0.999999)
+    adam_epsilon: float = _setting(1e-8, 1e-16, 0.1)
+    max_grad_norm: float = _setting(1.0, 1e-6, 1e6)
+    precision: str = _setting("auto", choices=("auto", "bf16", "fp32"))
+    gradient_checkpointing: str = _setting("none", choices=("none", "selective", "full"))
+    fit_memory: bool = _setting(True)
+    compile: str = _setting("auto", choices=("auto", "true", "false", "max"))
+    parallel: str = _setting("auto", choices=("auto", "ddp", "fsdp"))
+    device: str = _setting("auto", choices=("auto", "cuda", "cpu"))
+    seed: int = _setting(42, 0, 2**63 - 1)
+    deterministic: bool = _setting(False)
+    logging_steps: int = _setting(10, 1, LAST_STEP)
+    eval_steps: int = _setting(500, 1, LAST_STEP)
+    save_steps: int = _setting(500, 1, LAST_STEP)
+    sample_steps: int = _setting(500, 1, LAST_STEP)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Which checkpoints stay on disk, besides the ends of the phases."""
+
+    keep_last: int = _setting(3, 1, LAST_STEP)
+    keep_best: bool = _setting(True)
+    keep_steps: tuple[int, ...] = _setting((), 0, LAST_STEP)
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How text is sampled."""
+
+    max_length: int = _setting(100, 2, 2**20)
+    temperature: float = _setting(1.0, 0.0, 100.0)
+    top_k: int = _setting(50, 0, 2**24)
+    top_p: float = _setting(0.95, 1e-6, 1.0)
+    num_samples: int = _setting(3, 1, 1024)
+    prompts: tuple[str, ...] = _setting(
+        ("Once upon a time", "In a world where", "The most interesting thing about")
+    )
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    """Weights & Biases."""
+
+    mode: str = _setting("auto", choices=("auto", "online", "offline", "disabled"))
+    project: str = _setting("smollm2-training")
+    entity: str | None = _setting(None)
+    name: str | None = _setting(None)
+    watch: str = _setting("gradients", choices=("gradients", "parameters", "all", "false"))
+    log_model: str = _setting("true", choices=("true", "false", "all"))
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run's complete configuration, checked."""
+
+    model: ModelConfig = ModelConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: DataConfig = DataConfig()
+    training: TrainingConfig = TrainingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    generation: GenerationConfig = GenerationConfig()
+    wandb: WandbConfig = WandbConfig()
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Sequences in one optimizer step, over all processes."""
+        return self.training.batch_size * self.training.gradient_accumulation_steps
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens predicted in one optimizer step, over all processes."""
+        return self.sequences_per_step * self.data.sequence_length
+
+
+def sections() -> dict[str, type]:
+    """The sections of a configuration and their dataclasses, in order."""
+    return dict(typing.get_type_hints(Config))
+
+
+def to_dict(config: Config) -> dict[str, dict[str, Any]]:
+    """The configuration as plain nested dictionaries (JSON and YAML can hold them)."""
+    return {
+        section: {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        for section, values in dataclasses.asdict(config).items()
+    }
+
+
+def from_dict(values: dict[str, dict[str, Any]]) -> Config:
+    """The inverse of `to_dict`, for a configuration that a checkpoint holds.
+
+    Keys that this version does not know are left out; missing ones take their default.
+    """
+    parts = {}
+    for section, kind in sections().items():
+        known = {field.name for field in dataclasses.fields(kind)}
+        given = {k: v for k, v in values.get(section, {}).items() if k in known}
+        given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+        parts[section] = kind(**given)
+    return Config(**parts)
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """One line `section.key: old -> new` for each key in which two configurations differ."""
+    before, after = to_dict(old), to_dict(new)
+    return [
+        f"{section}.{key}: {before[section][key]} -> {value}"
+        for section, values in after.items()
+        for key, value in values.items()
+        if before[section][key] != value
+    ]
+
+
+def replace_training(config: Config, **changes: Any) -> Config:
+    """A copy of the configuration with some keys of its training section changed."""
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, **changes))
+
+
+def conflicts(config: Config) -> Iterator[str]:
+    """Every problem between keys that are each valid alone, as a line that names the keys."""
+    model, training = config.model, config.training
+    heads, longest = model.num_attention_heads, model.max_position_embeddings
+    head_size, rest = divmod(model.hidden_size, heads)
+    if rest:
+        yield (
+            f"model.hidden_size {model.hidden_size} is not a multiple of "
+            f"model.num_attention_heads {heads}"
+        )
+    elif head_size % 2:
+        yield (
+            f"model.hidden_size / model.num_attention_heads is {head_size}; rotary embeddings need "
+            "it even"
+        )
+    for key, length in (
+        ("data.sequence_length", config.data.sequence_length),
+        ("generation.max_length", config.generation.max_length),
+    ):
+        if length > longest:
+            yield f"{key} {length} is larger than model.max_position_embeddings {longest}"
+    if training.min_learning_rate > training.learning_rate:
+        yield (
+            f"training.min_learning_rate {training.min_learning_rate} is larger than "
+            f"training.learning_rate {training.learning_rate}"
+        )
+    if training.train_steps + training.continue_steps > LAST_STEP:
+        yield f"training.train_steps + training.continue_steps is larger than {LAST_STEP}"
+    if config.tokenizer.source == "train" and model.vocab_size < 258:
+        yield (
+            f"model.vocab_size {model.vocab_size} is smaller than 258, the least that "
+            "tokenizer.source train can do (256 bytes and 2 special tokens)"
+        )
+    if model.attention == "flash_attn" and training.device == "cpu":
+        yield "model.attention flash_attn needs a GPU, and training.device is cpu; use auto"
+    if model.attention == "flash_attn" and training.precision == "fp32":
+        yield "model.attention flash_attn computes in bf16 only, and training.precision is fp32"

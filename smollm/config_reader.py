@@ -1,0 +1,299 @@
+"""From a YAML file and command-line overrides to a checked Config, all problems at once.
+
+Precedence, lowest first: the defaults, the file, `section.key=value` overrides, flags such as
+`--train_steps`.
+
+YAML is read as text and converted by the *declared* type of each key, not by YAML's guess: `5e-4`
+is a number, `no` is not a boolean, and octal (`0123`) or sexagesimal (`12:30`) numbers are refused
+rather than turned into another value. Tags are refused, so nothing in a file is ever executed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import math
+import re
+import stat
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from smollm.config import Config, GenerationConfig, conflicts, sections
+from smollm.errors import ConfigError
+
+_INTEGER = re.compile(r"[+-]?(0|[1-9][0-9]*(_[0-9]+)*)")
+_NUMBER = re.compile(r"[+-]?([0-9]+(_[0-9]+)*)?\.?[0-9]*([eE][+-]?[0-9]+)?")
+_NULLS = ("", "null", "Null", "NULL", "~")
+_MOST_PROBLEMS = 100  # of one file; it is hardly a configuration then
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a configuration file and overrides into a checked Config.
+
+    Args:
+        path: a YAML file; it may name any subset of the keys.
+        overrides: words `section.key=value`, which win over the file.
+
+    Raises:
+        ConfigError: with every problem of the file, of the overrides and between keys.
+    """
+    reader = _Reader()
+    try:
+        reader.read_file(Path(path))
+        readable = True
+    except ConfigError as error:
+        reader.problems += error.problems
+        readable = False
+    reader.read_overrides(overrides or [])
+    config = Config(**{name: kind(**reader.values[name]) for name, kind in sections().items()})
+    # A default that stands in for a value that was refused must not conflict with the others.
+    problems = reader.problems + [
+        conflict
+        for conflict in conflicts(config)
+        if readable and not any(name in conflict for name in reader.refused)
+    ]
+    if problems:
+        raise ConfigError(*problems)
+    return config
+
+
+def parse_generation(values: dict[str, str]) -> GenerationConfig:
+    """Generation settings from the texts of command-line flags, checked like the file's.
+
+    Raises:
+        ConfigError: with every problem.
+    """
+    reader = _Reader()
+    for key, text in values.items():
+        reader.set(f"--{key}", "generation", key, text)
+    if reader.problems:
+        raise ConfigError(*reader.problems)
+    return GenerationConfig(**reader.values["generation"])
+
+
+def _expected(field: dataclasses.Field, kind: Any) -> str:
+    """What a key accepts, in words."""
+    low, high = field.metadata["minimum"], field.metadata["maximum"]
+    if field.metadata["choices"]:
+        return "one of " + ", ".join(field.metadata["choices"])
+    if kind is bool:
+        return "true or false"
+    if kind in (int, float):
+        noun = "a whole number" if kind is int else "a number"
+        return f"{noun} from {low:.12g} to {high:.12g}"
+    if kind == tuple[int, ...]:
+        return f"a list of whole numbers from {low} to {high}, such as [500, 1000]"
+    return "a list of one or more texts" if kind == tuple[str, ...] else "a text"
+
+
+def _parse_scalar(text: str, kind: Any) -> Any:
+    """Convert one scalar's text to `kind`; raises ValueError where it is not of that kind."""
+    text.encode()  # UnicodeEncodeError, a ValueError: no log or checkpoint could hold it
+    if "\0" in text:
+        raise ValueError(text)
+    if kind == str | None:
+        return None if text in _NULLS else text
+    if kind is str:
+        if text in _NULLS:
+            raise ValueError(text)
+        return text
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError(text)
+        return text.lower() == "true"
+    if len(text) > 40:  # longer than any number that a key accepts; _NUMBER takes quadratic time
+        raise ValueError(text)
+    # A leading zero ("0123") would be octal in YAML 1.1; a person may mean either, so ask.
+    octal = re.match(r"[+-]?0[0-9]", text)
+    if octal or not (_INTEGER if kind is int else _NUMBER).fullmatch(text):
+        raise ValueError(text)
+    return kind(text)
+
+
+def _parse(field: dataclasses.Field, kind: Any, value: Any) -> Any:
+    """Convert a text, or a list of texts, to the type of a key and check its range.
+
+    Raises:
+        ValueError: the value is not what the key accepts.
+    """
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, list):
+            raise ValueError(value)
+        item = typing.get_args(kind)[0]
+        result = tuple(_parse_scalar(text, item) for text in value)
+        if item is str and not result:
+            raise ValueError(value)
+    else:
+        if not isinstance(value, str):
+            raise ValueError(value)
+        result = _parse_scalar(value, kind)
+    for number in result if isinstance(result, tuple) else (result,):
+        if isinstance(number, (int, float)) and not isinstance(number, bool):
+            low, high = field.metadata["minimum"], field.metadata["maximum"]
+            if not (math.isfinite(number) and low <= number <= high):
+                raise ValueError(value)
+    if field.metadata["choices"]:
+        result = result.lower()
+        if result not in field.metadata["choices"]:
+            raise ValueError(value)
+    return result
+
+
+def _suggestion(word: str, section: str | None = None) -> str:
+    """` (did you mean ...?)`: the nearest key, by its own name, or nothing where none is near.
+
+    Args:
+        word: an unknown section, or an unknown key of `section`.
+    """
+    names = {} if section else {name: name for name in sections()}
+    for owner, kind in sections().items():
+        for field in dataclasses.fields(kind):
+            known = section or field.name == word  # a key where a section is expected: itself only
+            if known and (owner == section or field.name not in names):
+                names[field.name] = f"{owner}.{field.name}"
+    near = difflib.get_close_matches(word, names, 1, 0.7)
+    return f" (did you mean {names[near[0]]}?)" if near else ""
+
+
+@dataclass(frozen=True)
+class _Unreadable:
+    """Stands for a YAML value that no key accepts; `what` describes it."""
+
+    what: str
+
+
+def _printable(text: str) -> str:
+    """A name from the file, as part of one line of readable length."""
+    return text if text.isprintable() and len(text) <= 80 else _quoted(text)
+
+
+def _quoted(value: Any) -> str:
+    return repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
+
+
+def _plain(node: yaml.Node) -> str | list[str] | _Unreadable:
+    """A scalar's text, a flat list's texts, or _Unreadable for what no key accepts.
+
+    Looks one level deep only: aliases can make a list of lists endless.
+    """
+    if isinstance(node, yaml.ScalarNode) and node.tag.endswith(":str"):
+        return node.value
+    if isinstance(node, yaml.SequenceNode) and node.tag.endswith(":seq"):
+        if all(isinstance(i, yaml.ScalarNode) and i.tag.endswith(":str") for i in node.value):
+            return [item.value for item in node.value]
+        return _Unreadable("a list of what is not plain text")
+    tag = f"the tag {_quoted(node.tag)}"
+    return _Unreadable("a mapping" if node.tag.endswith(":map") else tag)
+
+
+class _Reader:
+    """Collects values and problems from the file and from the overrides."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, dict[str, Any]] = {name: {} for name in sections()}
+        self.problems: list[str] = []
+        self.refused: set[str] = set()  # keys whose value was refused
+
+    def set(self, where: str, section: str, key: str, value: Any) -> None:
+        """Take one value (a text or a list of texts), or note what is wrong with it."""
+        kind = sections().get(section)
+        if kind is None:
+            self.problems.append(
+                f"{where}: unknown section {_quoted(section)}{_suggestion(section)}"
+            )
+            return
+        fields = {field.name: field for field in dataclasses.fields(kind)}
+        if key not in fields:
+            hint = _suggestion(key, section)
+            self.problems.append(f"{where}: unknown key {section}.{_printable(key)}{hint}")
+            return
+        hint = typing.get_type_hints(kind)[key]
+        try:
+            self.values[section][key] = _parse(fields[key], hint, value)
+        except ValueError:
+            shown = _quoted(value) if isinstance(value, (str, list)) else value.what
+            expected = _expected(fields[key], hint)
+            self.refused.add(f"{section}.{key}")
+            self.problems.append(f"{where}: {section}.{key}: got {shown}, expected {expected}")
+
+    def read_file(self, path: Path) -> None:
+        """Read a YAML file, section by section, with the line of each problem."""
+        root = _compose(path)
+        if root is None:  # an empty file: all defaults
+            return
+        for section, line, node in self._items(path, root, "the file"):
+            if section not in sections():
+                self.set(f"{path}:{line}", section, "", "")
+            elif isinstance(node, yaml.ScalarNode) and node.value in _NULLS:
+                continue  # a section with nothing in it
+            else:
+                for key, at, value in self._items(path, node, f"section {section}"):
+                    if len(self.problems) >= _MOST_PROBLEMS:
+                        self.problems.append(f"{path}: and more; the rest was not read")
+                        return
+                    self.set(f"{path}:{at}", section, key, _plain(value))
+
+    def _items(self, path: Path, node: yaml.Node, what: str) -> list[tuple[str, int, yaml.Node]]:
+        """The (key, line, value) of a mapping; notes a node that is none, and keys given twice."""
+        if not isinstance(node, yaml.MappingNode) or not node.tag.endswith(":map"):
+            line = node.start_mark.line + 1
+            self.problems.append(f"{path}:{line}: {what} is not a mapping of `key: value` lines")
+            return []
+        seen: dict[str, int] = {}
+        items = []
+        for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            key = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "?"
+            if key in seen:
+                self.problems.append(
+                    f"{path}:{line}: {_quoted(key)} stands twice in {what} (first in line "
+                    f"{seen[key]}); keep one"
+                )
+            seen.setdefault(key, line)
+            items.append((key, line, value_node))
+        return items
+
+    def read_overrides(self, overrides: list[str]) -> None:
+        """Read `section.key=value` words; a list is written as YAML writes it: `[a, b]`."""
+        for word in overrides:
+            name, equals, text = word.partition("=")
+            section, dot, key = name.partition(".")
+            if not (equals and dot and section and key):
+                self.problems.append(
+                    f"command line: got {_quoted(word)}, expected section.key=value, "
+                    "such as training.batch_size=24"
+                )
+                continue
+            value: Any = text
+            if text.startswith("["):
+                with contextlib.suppress(yaml.YAMLError, RecursionError):  # it stays a text then
+                    value = _plain(yaml.compose(text, Loader=yaml.BaseLoader))
+            self.set("command line", section, key, value)
+
+
+def _compose(path: Path) -> yaml.Node | None:
+    """Parse a YAML file into nodes, without constructing any object.
+
+    Raises:
+        ConfigError: the file is missing, is no regular file, is not UTF-8 or is not YAML.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ConfigError(f"{path}: is not a regular file; name a YAML file with --config")
+        if path.stat().st_size > 100_000:
+            raise ConfigError(f"{path}: is larger than 100 kB; is it a configuration?")
+        return yaml.compose(path.read_text(encoding="utf-8-sig"), Loader=yaml.BaseLoader)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; name a YAML file with --config") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: byte {error.start} is not UTF-8; save it as UTF-8") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "cannot be parsed"
+        raise ConfigError(f"{path}{line}: not YAML: {problem}") from error

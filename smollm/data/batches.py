@@ -1,0 +1,99 @@
+"""The training windows of each optimizer step, and the held-out text in windows.
+
+A batch is a pure function of (seed, step), the same on any number of processes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import numpy as np
+
+from smollm.randomness import derive_seed
+
+
+class TokenDataset:
+    """The training windows, in an order that is a pure function of the seed.
+
+    The tokens are taken as a ring. Epoch e is a seeded permutation of the non-overlapping windows
+    that start at a seeded offset: no token is predicted twice in an epoch, and all but less than
+    one window's worth are, other ones each time.
+
+    Args:
+        tokens: (N,) the training tokens, N > sequence_length.
+        sequence_length: T, the tokens predicted in a window.
+        sequences_per_step: windows in one optimizer step, over all processes.
+        seed: of the order.
+    """
+
+    def __init__(
+        self, tokens: np.ndarray, sequence_length: int, sequences_per_step: int, seed: int
+    ) -> None:
+        self.tokens = tokens
+        self.sequence_length = sequence_length
+        self.sequences_per_step = sequences_per_step
+        self.seed = seed
+        self.windows_per_epoch = len(tokens) // sequence_length
+        self._epoch_starts = functools.lru_cache(maxsize=2)(self._make_epoch_starts)
+
+    def _make_epoch_starts(self, epoch: int) -> np.ndarray:
+        """Where each window of an epoch starts, in the order of training."""
+        key = derive_seed(self.seed, epoch, "epoch")
+        random = np.random.Generator(np.random.Philox(key))
+        offset = random.integers(len(self.tokens))
+        order = random.permutation(self.windows_per_epoch)
+        return (offset + order * self.sequence_length) % len(self.tokens)
+
+    def epoch(self, step: int) -> float:
+        """Epochs done after `step` optimizer steps."""
+        return step * self.sequences_per_step / self.windows_per_epoch
+
+    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """The windows of optimizer step `step` (from 1) of one process.
+
+        The windows of all processes, in the order of their ranks, are the same for every world
+        size.
+
+        Returns:
+            input_ids and labels, each (sequences_per_step / world_size, T), in the dtype of the
+            tokens; labels are the next tokens.
+        """
+        count = self.sequences_per_step // world_size
+        first = (step - 1) * self.sequences_per_step + rank * count
+        starts = np.empty(count, dtype=np.int64)
+        for row, number in enumerate(range(first, first + count)):
+            epoch, window = divmod(number, self.windows_per_epoch)
+            starts[row] = self._epoch_starts(epoch)[window]
+        span = np.arange(self.sequence_length + 1)
+        windows = self.tokens[(starts[:, None] + span) % len(self.tokens)]
+        return windows[:, :-1], windows[:, 1:]
+
+
+def validation_batches(
+    tokens: np.ndarray,
+    sequence_length: int,
+    batch_size: int,
+    ignore_index: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The whole held-out text in consecutive windows: each token but the first predicted once.
+
+    Batches are spread over the processes, each gets as many, and all have the same shape: what is
+    missing at the end is filled with token 0 and labels `ignore_index`.
+
+    Yields:
+        input_ids and labels, each (batch_size, sequence_length), int64.
+    """
+    starts = range(0, len(tokens) - 1, sequence_length)
+    rounds = -(-len(starts) // (batch_size * world_size))
+    for number in range(rounds):
+        first = (number * world_size + rank) * batch_size
+        inputs = np.zeros((batch_size, sequence_length), dtype=np.int64)
+        labels = np.full((batch_size, sequence_length), ignore_index, dtype=np.int64)
+        for row, start in enumerate(starts[first : first + batch_size]):
+            window = tokens[start : start + sequence_length + 1]
+            inputs[row, : len(window) - 1] = window[:-1]
+            labels[row, : len(window) - 1] = window[1:]
+        yield inputs, labels

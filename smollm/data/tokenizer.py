@@ -1,0 +1,109 @@
+"""Tokenizers: GPT-2's, one learned from the text, or any tokenizer.json."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from smollm import atomic
+from smollm.data.documents import SEPARATOR
+from smollm.errors import InputError
+
+PAD = "<|pad|>"
+END_TOKENS = (SEPARATOR, "<|end_of_text|>", "</s>", "<eos>")  # the first that a tokenizer knows
+SPECIAL_TOKENS = (SEPARATOR, PAD)  # of a learned tokenizer
+_LONG_WORD = re.compile(r"\S{4096}")  # learning from longer ones is very slow
+
+
+def learn(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Learn a byte-level BPE (GPT-2's kind) with at most `vocab_size` entries from texts."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_short_words(texts), trainer)
+    return tokenizer
+
+
+def _short_words(texts: Iterable[str]) -> Iterator[str]:
+    """The texts, in slices where a text has a word of thousands of characters."""
+    for text in texts:
+        if _LONG_WORD.search(text):
+            yield from (text[at : at + 4096] for at in range(0, len(text), 4096))
+        else:
+            yield text
+
+
+def parse(text: str, where: str) -> Tokenizer:
+    """A tokenizer from a tokenizer.json's text, with `<|pad|>` added and nothing truncated.
+
+    Raises:
+        InputError: it is not a tokenizer, or has no end-of-text token.
+    """
+    try:
+        tokenizer = Tokenizer.from_str(text)
+    except Exception as error:  # the library raises plain Exception
+        raise InputError(f"{where}: is not a tokenizer.json: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if tokenizer.token_to_id(PAD) is None:
+        tokenizer.add_special_tokens([PAD])
+    end_token(tokenizer, where)
+    return tokenizer
+
+
+def end_token(tokenizer: Tokenizer, where: str = "the tokenizer") -> int:
+    """The id of the end-of-text token; InputError where there is none."""
+    for token in END_TOKENS:
+        if (number := tokenizer.token_to_id(token)) is not None:
+            return number
+    raise InputError(f"{where}: has no end-of-text token (one of {', '.join(END_TOKENS)}); add one")
+
+
+def fetch_gpt2(cache: Path) -> Tokenizer:
+    """GPT-2's tokenizer: from the cache, or fetched once by the tokenizers library.
+
+    Raises:
+        InputError: it is not cached and cannot be fetched; or the cached one is damaged.
+    """
+    path = cache / "tokenizer-gpt2.json"
+    if not path.exists():
+        try:
+            text = Tokenizer.from_pretrained("gpt2").to_str()
+        except Exception as error:  # the library raises whatever its HTTP client does
+            raise InputError(
+                "tokenizer.source gpt2: cannot be fetched (no network?); either connect this "
+                "machine to the network once, or set tokenizer.source to the path of a "
+                "tokenizer.json, or to train, which learns one from the text "
+                f"({type(error).__name__})"
+            ) from error
+        with atomic.replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return parse(path.read_text(encoding="utf-8", errors="replace"), str(path))
+
+
+def read(source: str) -> Tokenizer:
+    """The tokenizer.json at a path.
+
+    Raises:
+        InputError: it cannot be read, or is no tokenizer.
+    """
+    path = Path(source)
+    try:
+        # A device or FIFO has no end.
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise InputError(f"tokenizer.source {source}: is not a regular file")
+        return parse(path.read_text(encoding="utf-8"), source)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "is not UTF-8"
+        raise InputError(
+            f"tokenizer.source {source}: {reason}; give gpt2, train or the path of a tokenizer.json"
+        ) from error

@@ -1,0 +1,129 @@
+"""The process group: the collectives that training needs, and models on several processes.
+
+On one process every function here is a no-op, so callers need no special case.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from smollm import ranks
+
+
+@dataclass(frozen=True)
+class ParallelModel:
+    """A model on all processes of the run."""
+
+    model: nn.Module  # holds the parameters, perhaps sharded
+    compute_loss: Callable[[Tensor, Tensor], Tensor]  # (input_ids, labels) -> mean loss
+    # A context for a backward pass, by whether its gradients are shared between processes: they
+    # need not be before the last micro-batch of a step.
+    gradient_sync: Callable[[bool], contextlib.AbstractContextManager]
+
+
+def start(device: torch.device) -> None:
+    """Join torchrun's process group: NCCL for CUDA, gloo for the CPU."""
+    if ranks.world_size() > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+        else:
+            dist.init_process_group("gloo")
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def wait_for_main() -> None:
+    """A barrier for what rank 0 does alone and what may take hours: tokenizing a large text."""
+    if dist.is_initialized():
+        dist.barrier(dist.new_group(backend="gloo", timeout=timedelta(days=1)))
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Sum a tensor over all processes, in place, and return it."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+    return tensor
+
+
+def all_reduce_max(tensor: Tensor) -> Tensor:
+    """Take the element-wise maximum over all processes, in place, and return it."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor
+
+
+def from_main(value: Any) -> Any:
+    """Rank 0's value of a small picklable object, on every process."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is FSDP's (a DTensor), without importing that half second of code."""
+    return hasattr(tensor, "full_tensor")
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """A tensor as it is on one process; collective where it is sharded."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def shard_like(tensor: Tensor, live: Tensor) -> Tensor:
+    """A full tensor in the layout of `live`; collective where that is sharded."""
+    if not is_sharded(live):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(live.device), live.device_mesh, live.placements)
+
+
+def reshard(model: nn.Module) -> None:
+    """Free what FSDP gathered for a forward pass that no backward pass follows."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
+
+
+def parallelize(model: nn.Module, device: torch.device, sharded: bool) -> ParallelModel:
+    """Put a model on all processes of the run.
+
+    Args:
+        model: the unsharded model, whose `model.layers` are the units of sharding.
+        sharded: FSDP2 (`torch.distributed.fsdp.fully_shard`); else DDP.
+    """
+    if ranks.world_size() == 1:
+        return ParallelModel(model, model, lambda sync: contextlib.nullcontext())
+    if sharded:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(device.type, (ranks.world_size(),))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+
+        def set_sync(sync: bool) -> contextlib.AbstractContextManager:
+            model.set_requires_gradient_sync(sync)
+            return contextlib.nullcontext()
+
+        return ParallelModel(model, model, set_sync)
+    ids = [device.index] if device.type == "cuda" else None
+    ddp = nn.parallel.DistributedDataParallel(
+        model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+    )
+    return ParallelModel(model, ddp, lambda s: contextlib.nullcontext() if s else ddp.no_sync())

@@ -1,0 +1,69 @@
+"""Every error that the user can mend, and the exit code that a command ends with.
+
+Such an error is printed as one line that says what is wrong, where, and what to do (`cli.execute`).
+Exit codes: 0 done; 1 a bug; 2 wrong usage or configuration; 3 input, checkpoint or machine cannot
+be used; 4 training diverged; 5 a directory is in use by another run; 128 + n stopped by signal n.
+"""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """An error that the user can mend.
+
+    Args:
+        message: what, where, and what to do, in one line.
+        exit_code: where it is not that of the class.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, exit_code: int | None = None) -> None:
+        super().__init__(message)
+        self.exit_code = self.exit_code if exit_code is None else exit_code
+
+
+class ConfigError(UserError):
+    """The command line, the environment or the configuration is wrong.
+
+    Args:
+        problems: one line for each problem; all that were found are reported together.
+    """
+
+    exit_code = 2
+
+    def __init__(self, *problems: str) -> None:
+        self.problems = list(problems)
+        lines = "\n  ".join(problems)
+        many = f"{len(problems)} problems in the configuration:\n  {lines}"
+        super().__init__(lines if len(problems) == 1 else many)
+
+
+class InputError(UserError):
+    """The text or the tokenizer cannot be used."""
+
+    exit_code = 3
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, damaged, of another run or model, or could not be written."""
+
+    exit_code = 3
+
+
+class ResourceError(UserError):
+    """The machine lacks something: disk space, memory, or a directory that can be written."""
+
+    exit_code = 3
+
+
+class LockedError(UserError):
+    """Another process holds the directory."""
+
+    exit_code = 5
+
+
+class DivergedError(UserError):
+    """The loss, a gradient or a weight is not a finite number."""
+
+    exit_code = 4

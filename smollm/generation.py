@@ -1,0 +1,192 @@
+"""Text from a model: one batch with a KV cache, each sample with a seed of its own.
+
+Sampling follows Hugging Face's order: temperature, then top-k, then top-p. A sample does not depend
+on the others of its batch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from model import CausalLM, KVCache
+from smollm import atomic
+from smollm.checkpoint import huggingface, store
+from smollm.config import GenerationConfig
+from smollm.data import tokenizer as tokenizers
+from smollm.errors import CheckpointError, ConfigError
+from smollm.randomness import derive_seed
+from smollm.tracking.metrics import perplexity
+
+LEAST_TEMPERATURE = 1e-6  # below it the most likely token is taken: dividing by less would overflow
+
+
+@dataclass
+class Continuation:
+    """What was generated after one prompt."""
+
+    ids: list[int]
+    log_likelihood: float  # of the ids, in nats, under the unfiltered distribution
+    seconds: float  # from the start of the batch to the last id
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One generated text and what is measured of it."""
+
+    prompt: str
+    text: str  # prompt and continuation
+    generated_tokens: int  # an end-of-text token included
+    perplexity: float  # of the generated tokens, under the unfiltered distribution
+    seconds: float  # from the start of the batch to this sample's last token
+
+
+def select(logits: Tensor, uniform: Tensor, settings: GenerationConfig) -> Tensor:
+    """Choose the next tokens.
+
+    Args:
+        logits: (B, V) fp32.
+        uniform: (B,) numbers from [0, 1), one for each row: all the randomness there is.
+        settings: temperature (0: the most likely token), top_k (0: off), top_p (1: off).
+
+    Returns:
+        (B,) token ids.
+    """
+    if settings.temperature < LEAST_TEMPERATURE:
+        return logits.argmax(dim=-1)
+    count = min(settings.top_k or logits.size(-1), logits.size(-1))
+    ordered, ids = logits.topk(count, dim=-1)  # the largest first
+    probabilities = (ordered / settings.temperature).softmax(dim=-1)
+    cumulative = probabilities.cumsum(dim=-1)
+    # Nucleus: the fewest tokens that reach top_p, so a token counts if those before it do not.
+    probabilities = probabilities.masked_fill(cumulative - probabilities >= settings.top_p, 0.0)
+    cumulative = probabilities.cumsum(dim=-1)
+    target = uniform[:, None] * cumulative[:, -1:]
+    choice = (cumulative <= target).sum(dim=-1, keepdim=True)
+    last = (probabilities > 0).sum(dim=-1, keepdim=True) - 1  # rounding must not pass the nucleus
+    return ids.gather(-1, choice.minimum(last)).squeeze(-1)
+
+
+@torch.no_grad()
+def generate_ids(
+    model: CausalLM,
+    prompts: list[list[int]],
+    settings: GenerationConfig,
+    seeds: list[int],
+    end: int,
+) -> list[Continuation]:
+    """Continue token sequences as one batch.
+
+    Args:
+        model: in evaluation mode; its parameters may be in any dtype.
+        prompts: B sequences of token ids, none empty.
+        seeds: one for each sequence.
+        end: the token that ends a sequence.
+    """
+    started = time.perf_counter()
+    device = model.model.embed_tokens.weight.device
+    lengths = [len(prompt) for prompt in prompts]
+    limit = min(settings.max_length, model.config.max_position_embeddings)
+    most_new = [limit - length for length in lengths]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    uniforms = torch.stack([torch.rand(max(most_new), generator=g) for g in generators]).to(device)
+    cache = KVCache(model.config, len(prompts), limit, device, model.dtype)
+    # Prompts are padded on the right: what is there is overwritten before it can be seen.
+    padded = [prompt + [end] * (max(lengths) - len(prompt)) for prompt in prompts]
+    hidden = model.model(torch.tensor(padded, device=device), model.dtype, cache)
+    cache.lengths = torch.tensor(lengths, device=device)
+    hidden = hidden[torch.arange(len(prompts), device=device), cache.lengths - 1]
+    results = [Continuation([], 0.0, 0.0) for _ in prompts]
+    unfinished = set(range(len(prompts)))
+    for position in range(max(most_new)):
+        logits = model.logits(hidden).float()
+        chosen = select(logits, uniforms[:, position], settings)
+        scores = logits.log_softmax(dim=-1).gather(-1, chosen[:, None]).squeeze(-1)
+        for row, (token, score) in enumerate(zip(chosen.tolist(), scores.tolist(), strict=True)):
+            if row in unfinished:
+                result = results[row]
+                result.ids.append(token)
+                result.log_likelihood += score
+                if token == end or len(result.ids) == most_new[row]:
+                    unfinished.discard(row)
+                    result.seconds = time.perf_counter() - started
+        if not unfinished:
+            break
+        # A finished row is computed on at its last place; its results are ignored.
+        cache.lengths.clamp_(max=limit - 1)
+        hidden = model.model(chosen[:, None], model.dtype, cache)[:, -1]
+    return results
+
+
+def encode_prompts(
+    tokenizer: Tokenizer, prompts: Sequence[str], settings: GenerationConfig
+) -> list[list[int]]:
+    """Each prompt's token ids; those of an empty one are the end-of-text token.
+
+    Raises:
+        ConfigError: a prompt leaves no room below max_length.
+    """
+    end = tokenizers.end_token(tokenizer)
+    ids = [tokenizer.encode(text, add_special_tokens=False).ids or [end] for text in prompts]
+    for text, tokens in zip(prompts, ids, strict=True):
+        if len(tokens) >= settings.max_length:
+            shown = text if len(text) <= 60 else text[:57] + "..."
+            raise ConfigError(
+                f"the prompt {shown!r} has {len(tokens)} tokens, and generation.max_length "
+                f"{settings.max_length} counts prompt and continuation; raise it or shorten it"
+            )
+    return ids
+
+
+def generate(
+    model: CausalLM, tokenizer: Tokenizer, settings: GenerationConfig, seed: int
+) -> list[Sample]:
+    """`num_samples` texts; sample i continues prompt i mod n with the i-th seed of `seed`.
+
+    Raises:
+        ConfigError: a prompt leaves no room below max_length.
+    """
+    numbers = range(settings.num_samples)
+    prompts = [settings.prompts[i % len(settings.prompts)] for i in numbers]
+    seeds = [derive_seed(seed, i, "sample") for i in numbers]
+    end = tokenizers.end_token(tokenizer)
+    ids = encode_prompts(tokenizer, prompts, settings)
+    samples = []
+    found = generate_ids(model, ids, settings, seeds, end)
+    for prompt, new in zip(prompts, found, strict=True):
+        words = new.ids[:-1] if new.ids[-1] == end else new.ids
+        text = prompt + tokenizer.decode(words, skip_special_tokens=True)
+        mean = -new.log_likelihood / len(new.ids)
+        samples.append(Sample(prompt, text, len(new.ids), perplexity(mean), new.seconds))
+    return samples
+
+
+def load(directory: Path, device: torch.device, dtype: torch.dtype) -> tuple[CausalLM, Tokenizer]:
+    """The model of a checkpoint that `require_whole` has just found whole, and its tokenizer.
+
+    Returns:
+        The model with its parameters in the compute dtype, in evaluation mode; the tokenizer.
+
+    Raises:
+        CheckpointError: the checkpoint is not one of ours.
+    """
+    try:
+        config = huggingface.model_config(atomic.read_json(directory / store.MODEL_CONFIG))
+        model = CausalLM(config, dtype)
+        model.load_state_dict(load_file(directory / store.WEIGHTS))
+        text = (directory / store.TOKENIZER).read_text(encoding="utf-8")
+    except (
+        OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, RuntimeError,
+        SafetensorError,
+    ) as error:  # fmt: skip
+        raise CheckpointError(f"{directory}: is not one of our checkpoints: {error}") from error
+    tokenizer = tokenizers.parse(text, str(directory / store.TOKENIZER))
+    return model.to(device, dtype).eval(), tokenizer

@@ -1,0 +1,231 @@
+"""What this machine computes with: device, dtype, attention kernel, and its peak speed."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import re
+import resource
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from model import attention_function
+from smollm.config import Config
+from smollm.errors import ConfigError
+
+# Dense bf16 peak in FLOP/s, from NVIDIA's data sheets; the first that a GPU's name holds as a
+# word counts. Cards of a family differ: an A10G is no A10, an RTX 4090 Laptop GPU no RTX 4090.
+_PEAK_FLOPS = (
+    ("B200", 2.25e15),
+    ("GH200", 989.4e12),
+    ("H200 NVL", 835e12),
+    ("H200", 989.4e12),
+    ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12),
+    ("H100", 989.4e12),
+    ("L40S", 362e12),
+    ("L4", 121e12),
+    ("A100", 312e12),
+    ("A40", 149.7e12),
+    ("A10", 125e12),
+    ("RTX 4090", 165.2e12),
+    ("RTX 3090", 71e12),
+)
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What a run computes with."""
+
+    device: torch.device
+    dtype: torch.dtype  # of the computation; the weights are fp32
+    attention: str  # a name that `model.attention_function` knows
+    attention_reason: str  # which attention and why, in a few words
+    deterministic: bool
+
+
+def choose(config: Config, local_rank: int = 0) -> Hardware:
+    """What the configuration asks for on this machine, with deterministic kernels if it says so.
+
+    Raises:
+        ConfigError: the device, the precision or the attention asked for is not available.
+    """
+    training = config.training
+    if training.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    device = choose_device(training.device, local_rank)
+    dtype = choose_dtype(training.precision, device)
+    name, reason = choose_attention(config.model.attention, device, dtype, training.deterministic)
+    return Hardware(device, dtype, name, reason, training.deterministic)
+
+
+def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
+    """`training.device` as a device: this process's GPU, or the CPU.
+
+    Raises:
+        ConfigError: cuda was asked for and there is none.
+    """
+    if wanted != "cpu" and torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        return device
+    if wanted == "cuda":
+        raise ConfigError(
+            "training.device: cuda was asked for and PyTorch sees no CUDA GPU; use auto or cpu"
+        )
+    return torch.device("cpu")
+
+
+def supports_bf16(device: torch.device) -> bool:
+    """Whether bf16 arithmetic is in hardware: GPUs from Ampere on, CPUs with AMX or AVX512-BF16."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if not hasattr(torch.cpu, "get_capabilities"):  # older than torch 2.11: assume it is not
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """`training.precision` as the compute dtype.
+
+    Raises:
+        ConfigError: bf16 was asked for by name on hardware without it.
+    """
+    if wanted == "fp32" or (wanted == "auto" and not supports_bf16(device)):
+        return torch.float32
+    if not supports_bf16(device):
+        raise ConfigError(
+            f"training.precision: this {device.type} has no bf16 in hardware; use auto or fp32"
+        )
+    return torch.bfloat16
+
+
+def choose_attention(
+    wanted: str, device: torch.device, dtype: torch.dtype, deterministic: bool = False
+) -> tuple[str, str]:
+    """The attention function's name (see `model.attention_function`), and why it was chosen.
+
+    Args:
+        wanted: `model.attention`: auto, flash_attn, sdpa or math.
+        dtype: the compute dtype; flash-attn takes bf16 only.
+        deterministic: leave out the kernels whose backward pass is not reproducible.
+
+    Raises:
+        ConfigError: flash_attn was asked for by name and cannot be used.
+    """
+    if wanted == "math":
+        return "math", "math (asked for)"
+    if device.type != "cuda":
+        if wanted == "flash_attn":
+            raise ConfigError(
+                "model.attention: flash_attn needs a CUDA GPU and there is none; use auto"
+            )
+        return "sdpa", "sdpa (PyTorch's own; there is no GPU)"
+    if dtype != torch.bfloat16 or deterministic:
+        why = "deterministic" if deterministic else "fp32"
+        if wanted == "flash_attn":
+            raise ConfigError(f"model.attention: flash_attn cannot be used here ({why}); use auto")
+        return "sdpa", f"sdpa ({why})"
+    hopper = torch.cuda.get_device_capability(device)[0] == 9
+    cudnn = torch.backends.cudnn.version() or 0
+    if wanted != "flash_attn" and hopper and cudnn >= 91501:
+        return "sdpa", f"sdpa, cuDNN {cudnn} first (fastest on Hopper)"
+    if wanted == "sdpa":
+        return "sdpa", "sdpa (asked for)"
+    return _choose_flash_attention(hopper, asked_for=wanted == "flash_attn")
+
+
+def _choose_flash_attention(hopper: bool, asked_for: bool) -> tuple[str, str]:
+    """FlashAttention 3 on Hopper, else 2, where it is installed; else SDPA, if not asked for."""
+    for version in (3, 2) if hopper else (2,):
+        try:
+            attention_function(f"flash_attn_{version}")
+        except ImportError as error:
+            missing = error  # version 2 may be installed; below this is said where it is not
+            continue
+        why = "asked for" if asked_for else "installed"
+        return f"flash_attn_{version}", f"flash_attn {version} ({why})"
+    if asked_for:
+        raise ConfigError(
+            f"model.attention: flash_attn cannot be imported ({missing}); "
+            "pip install --no-build-isolation -r requirements-gpu.txt, or use auto"
+        ) from missing
+    return "sdpa", "sdpa (flash-attn is not installed)"
+
+
+@contextlib.contextmanager
+def step_conditions(hardware: Hardware) -> Iterator[None]:
+    """The conditions under which steps are taken: attention kernels and garbage collection.
+
+    Collections are off in the step loop, where one takes up to half a second; whoever makes cycles
+    (figures, failed passes) collects them itself.
+    """
+    with contextlib.ExitStack() as stack:
+        if hardware.device.type == "cuda":
+            backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+            if not hardware.deterministic:
+                backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+                backends += [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # fp32: these alone
+            stack.enter_context(sdpa_kernel(backends, set_priority=True))
+        gc.collect()
+        gc.freeze()
+        gc.disable()
+        try:
+            yield
+        finally:
+            gc.enable()
+            gc.unfreeze()
+
+
+def compile_model(
+    model: torch.nn.Module, wanted: str, device: torch.device, fullgraph: bool
+) -> None:
+    """Compile the model as `training.compile` asks; the loss is inside, so logits never leave."""
+    if wanted in ("true", "max") or (wanted == "auto" and device.type == "cuda"):
+        options = {"coordinate_descent_tuning": True} if wanted == "max" else None
+        model.compile(dynamic=False, fullgraph=fullgraph, options=options)
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """Token ids of any integer type -> int64 on the device, copied without waiting."""
+    if device.type == "cpu":
+        return torch.from_numpy(array.astype(np.int64))
+    host = torch.from_numpy(array.astype(np.int32)).pin_memory()
+    return host.to(device, non_blocking=True).long()
+
+
+def name(device: torch.device) -> str:
+    """The device in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 peak of the device in FLOP/s; None where it is not known."""
+    if device.type != "cuda":
+        return None
+    return peak_of(name(device))
+
+
+def peak_of(gpu: str) -> float | None:
+    """Dense bf16 peak in FLOP/s of a GPU by its name; None where it is not known."""
+    other = "(?! Ti| D|.*Laptop)"
+    found = (peak for part, peak in _PEAK_FLOPS if re.search(rf"\b{part}\b{other}", gpu))
+    return next(found, None)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory used so far, in GiB: of the GPU, or of this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux gives KiB

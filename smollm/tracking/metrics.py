@@ -1,0 +1,114 @@
+"""metrics.jsonl, the record of a run: one JSON object a line, each step once even after resumes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from smollm import atomic, fault_injection
+from smollm.errors import ResourceError
+from smollm.tracking import wandb_run
+
+
+def perplexity(loss: float) -> float:
+    """The exponential of a mean loss in nats; bounded, since JSON has no infinity."""
+    return math.exp(min(loss, 700))
+
+
+class Metrics:
+    """Appends events to metrics.jsonl, which is cut back to the resumed step at a start.
+
+    Args:
+        path: of metrics.jsonl.
+        step: the step that the run resumes from; 0 for a fresh one.
+        run_id: a file of another run is renamed, not appended to.
+        log: takes a line for people.
+
+    Raises:
+        ResourceError: the directory cannot be written.
+    """
+
+    def __init__(self, path: Path, step: int, run_id: str, log: Callable[[str], None]) -> None:
+        self.path, self.log = path, log
+        self.lock = threading.Lock()  # the checkpoint writer's thread appends too
+        self.waiting: list[str] = []  # lines that could not be written yet
+        self.failing = False
+        try:
+            known = wandb_run.read_id(path.parent)
+            if path.exists() and step > 0 and known in (None, run_id):
+                self._cut_back(step)
+            elif path.exists():
+                os.rename(path, older := self._numbered())
+                log(f"{older} keeps the metrics of the run that was logged here before")
+            wandb_run.write_id(path.parent, run_id)
+        except OSError as error:
+            raise ResourceError(
+                f"--log_dir {path.parent}: {error.strerror} ({error.filename}); name a directory "
+                "that can be written"
+            ) from error
+
+    def _numbered(self) -> Path:
+        """The first free name metrics.jsonl.N, for a file that is kept."""
+        number = 1
+        while (older := self.path.with_name(f"{self.path.name}.{number}")).exists():
+            number += 1
+        return older
+
+    def _cut_back(self, step: int) -> None:
+        """Drop the lines after `step`; a copy keeps them if they led to a checkpoint."""
+        kept, saved_later = [], False
+        # Not splitlines(): it would also split at the U+2028 of a text.
+        for line in filter(None, self.path.read_text("utf-8", "replace").split("\n")):
+            try:
+                event = json.loads(line)
+                kind = event["event"] + ""  # TypeError: it is not ours
+                if event["step"] > step:
+                    saved_later |= kind == "checkpoint"
+                else:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                self.log(f"{self.path}: a torn line was dropped: {line[:60]!r}")
+        if saved_later:
+            older = self._numbered()
+            shutil.copyfile(self.path, older)
+            self.log(f"{older} keeps the lines after step {step}, which this run takes anew")
+        with atomic.replacing(self.path) as temporary:
+            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            atomic.flush(temporary)
+
+    def events(self) -> list[dict[str, Any]]:
+        """Every event so far, read from the file: in memory they would grow with the run."""
+        with self.lock:
+            text = self.path.read_text("utf-8") if self.path.exists() else ""
+            return [json.loads(line) for line in (text + "".join(self.waiting)).split("\n") if line]
+
+    def append(self, event: dict[str, Any]) -> None:
+        """Add one event. Where the disk is full the line waits for the next try."""
+        with self.lock:
+            self._append(event)
+
+    def _append(self, event: dict[str, Any]) -> None:
+        self.waiting.append(json.dumps(event, ensure_ascii=False) + "\n")
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                start = file.tell()
+                try:
+                    fault_injection.point("metrics.write")
+                    file.write("".join(self.waiting))
+                    file.flush()
+                except OSError:
+                    os.truncate(self.path, start)  # no torn line
+                    raise
+            self.waiting.clear()
+            self.failing = False
+            fault_injection.point("metrics.written")
+        except OSError as error:
+            if not self.failing:
+                self.failing = True
+                self.log(f"{self.path}: {error.strerror}; its lines wait, the run goes on")

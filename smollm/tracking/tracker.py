@@ -1,0 +1,225 @@
+"""Where the events of a run are shown: console, log file, metrics.jsonl, plots and W&B."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from smollm import ranks
+from smollm.config import Config
+from smollm.errors import ResourceError
+from smollm.tracking.metrics import Metrics
+from smollm.tracking.wandb_run import WandbRun
+
+LOG_BYTES, LOG_FILES = 10_000_000, 5  # phase1.log and phase1.log.1 to .5, 10 MB each
+ROOT = Path(__file__).resolve().parents[2]  # of the project, whose code is handed to W&B
+
+
+class _Console(logging.Handler):
+    """Lines on stdout, above a progress bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one line; where the console was closed, say so in the log file, once."""
+        try:
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
+        except (OSError, ValueError):  # a closed terminal or pipe: the log file has every line
+            logging.getLogger("run").removeHandler(self)
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)
+            logging.getLogger("run").warning("the console went away; going on with the log file")
+
+
+class _LogFile(RotatingFileHandler):
+    """A rotating file that, when it cannot be written, says so once on the console."""
+
+    failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        """Called by logging where a line could not be written."""
+        if not self.failed:
+            self.failed = True
+            print(f"{self.baseFilename}: {sys.exc_info()[1]}; the run goes on", file=sys.stderr)
+
+
+def start_logging(log_dir: Path | None, phase: int) -> logging.Logger:
+    """The run's logger: console, and log_dir/phase<N>.log with times; errors alone above rank 0.
+
+    Args:
+        log_dir: None for a run that writes nothing: the console alone.
+
+    Raises:
+        ResourceError: the directory cannot be made or written.
+    """
+    logger = logging.getLogger("run")
+    logger.setLevel(logging.INFO if ranks.is_main() else logging.ERROR)
+    logger.propagate = False
+    logger.handlers = [_Console()]
+    if log_dir is None or not ranks.is_main():
+        return logger
+    try:
+        log_dir.mkdir(parents=True, exist_ok=True)
+        path = log_dir / f"phase{phase}.log"
+        file = _LogFile(path, maxBytes=LOG_BYTES, backupCount=LOG_FILES, encoding="utf-8")
+    except OSError as error:
+        raise ResourceError(
+            f"--log_dir {log_dir}: {error.strerror}; name a directory that can be written"
+        ) from error
+    file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    logger.addHandler(file)
+    return logger
+
+
+def human(number: float) -> str:
+    """A count in three figures: 512, 48.3k, 1.24M, 9.83B."""
+    for unit in ("", "k", "M"):
+        if abs(number) < 999.5:
+            return f"{number:.3g}{unit}" if unit else f"{number:.0f}"
+        number /= 1000
+    return f"{number:.3g}B"
+
+
+def duration(seconds: float) -> str:
+    """A duration in words: 45 s, 3 min 20 s, 2 h 05 min."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+
+
+def _line(e: dict[str, Any], last: int) -> str | None:
+    """An event as one line for people; None for one that is not shown."""
+    at = f"step {e['step']:>{len(str(last))}}/{last}"
+    if e["event"] == "train":
+        mfu = f"  mfu {e['mfu']:.1%}" if e["mfu"] is not None else ""
+        return (
+            f"{at}  loss {e['loss']:.4f}  lr {e['learning_rate']:.2e}  grad {e['grad_norm']:.2f}  "
+            f"{human(e['tokens_per_second'])} tok/s{mfu}  epoch {e['epoch']:.2f}"
+        )
+    if e["event"] == "eval":
+        return (
+            f"{at}  val_loss {e['val_loss']:.4f}  val_perplexity {e['val_perplexity']:.1f}  "
+            f"({human(e['val_tokens'])} tokens, {e['seconds']:.1f} s)"
+        )
+    if e["event"] == "sample":
+        return (
+            f"{at}  sample ({e['generated_tokens']} tokens, perplexity {e['perplexity']:.1f}, "
+            f"{e['seconds']:.1f} s): {' '.join(e['text'].split())}"
+        )
+    if e["event"] == "checkpoint":
+        return (
+            f"{at}  saved {e['path']} ({e['bytes'] / 1e6:.0f} MB, training waited "
+            f"{e['stall_seconds']:.2f} s)"
+        )
+    return None
+
+
+class Tracker:
+    """Takes the events of a run and shows them everywhere.
+
+    Args:
+        log_dir: for metrics.jsonl, plots and W&B's files; None where nothing is written, as on
+            ranks above 0: every method then does nothing but log.
+        step: the step that the run resumes from; 0 for a fresh one.
+        last: the step that it goes to.
+        hurry: whether somebody waits for the end (a signal came).
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        log_dir: Path | None,
+        logger: logging.Logger,
+        run_id: str,
+        step: int,
+        last: int,
+        hurry: Callable[[], bool],
+    ) -> None:
+        self.log_dir, self.logger, self.last = log_dir, logger, last
+        self.bar: tqdm | None = None
+        if log_dir is None:
+            return
+        self.metrics = Metrics(log_dir / "metrics.jsonl", step, run_id, logger.info)
+        self.wandb = WandbRun(config, run_id, log_dir, logger.info, hurry)
+        self._log_code()
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=last, initial=step, unit="step", dynamic_ncols=True, smoothing=0)
+
+    @property
+    def watched(self) -> str:
+        """What W&B wants histograms of: gradients, parameters, all or false."""
+        return "false" if self.log_dir is None or self.wandb.failed else self.wandb.settings.watch
+
+    @property
+    def logged_models(self) -> str:
+        """Which models W&B wants: false, true (best and final) or all."""
+        return "false" if self.log_dir is None else self.wandb.settings.log_model
+
+    def log(self, line: str) -> None:
+        """A line for people, on the console and in the log."""
+        self.logger.info(line)
+
+    def tick(self) -> None:
+        """One more step was taken."""
+        if self.bar is not None:
+            try:
+                self.bar.update()
+            except OSError:  # the terminal was closed; the console handler says so
+                self.bar = None
+
+    def event(self, kind: str, step: int, **values: Any) -> None:
+        """An event of metrics.jsonl, W&B and, as one line, the console and the log."""
+        if self.log_dir is None:
+            return
+        event = {"event": kind, "step": step, **values}
+        self.metrics.append(event)
+        self.wandb.metrics(event)
+        if line := _line(event, self.last):
+            self.log(line)
+        if kind == "train" and self.bar is not None:
+            self.bar.set_postfix_str(f"loss {event['loss']:.3f}", refresh=False)
+
+    def draw(self, step: int) -> None:
+        """Draw plots and samples.txt anew; an error there must not stop the run: it is logged."""
+        if self.log_dir is None:
+            return
+        from smollm.tracking import plots  # matplotlib takes a second to import
+
+        try:
+            events = self.metrics.events()
+            samples = [event for event in events if event["event"] == "sample"]
+            if samples and samples[-1]["step"] == step:
+                self.wandb.samples(step, samples)
+            self.wandb.images(step, plots.draw(events, self.log_dir))
+        except Exception as error:  # matplotlib's too
+            self.log(f"the plots could not be drawn: {error!r}")
+
+    def _log_code(self) -> None:
+        """Hand the code that runs to W&B, unless WANDB_DISABLE_CODE asks not to."""
+        if os.environ.get("WANDB_DISABLE_CODE", "false").lower() not in ("true", "1"):
+            patterns = ("*.py", "smollm/**/*.py", "*.yaml", "*.sh", "requirements*.txt")
+            paths = [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
+            self.wandb.artifact("code", "code", {str(p.relative_to(ROOT)): p for p in paths})
+
+    def log_model(self, paths: dict[str, Path], aliases: list[str]) -> None:
+        """Hand the files of a model to W&B, by their names there."""
+        if self.log_dir is not None:
+            self.wandb.artifact("model", "model", paths, aliases)
+
+    def close(self, phase: int) -> None:
+        """End the tracking: the artifact of the logs, then W&B itself."""
+        if self.log_dir is None:
+            return
+        names = (f"phase{phase}.log", "metrics.jsonl", "samples.txt")
+        self.wandb.artifact("logs", "logs", {name: self.log_dir / name for name in names})
+        if self.bar is not None:
+            self.bar.close()
+        self.wandb.finish()

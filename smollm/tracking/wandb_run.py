@@ -1,0 +1,256 @@
+"""Weights & Biases in a thread of its own: it can never stop, stall or change a run.
+
+The thread takes jobs from a queue. When a job fails, or W&B cannot be reached, that is logged once
+and later jobs are dropped. Nothing ever prompts. `wandb.mode: auto` is online where an API key is
+found, and offline otherwise.
+
+WANDB_PROJECT, WANDB_WATCH and WANDB_LOG_MODEL are read: one that differs from the specification's
+value, which env.sh exports, wins over the configuration.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import netrc
+import os
+import queue
+import re
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from smollm.config import Config, WandbConfig, to_dict
+
+INIT_SECONDS = 30  # to reach the server at the start
+FINISH_SECONDS = 45  # to hand over what is left at the end
+HURRY_SECONDS = 10  # the same when a signal asked for the end
+_ID_FILE = "wandb_run_id"  # in save_dir and in log_dir
+_SPECIFIED = {"project": "smollm2-training", "watch": "gradients", "log_model": "true"}
+_WORDS = {"end": "true", "checkpoint": "all"}  # WANDB_LOG_MODEL as the HF Trainer spells it
+
+
+def settings(config: WandbConfig) -> WandbConfig:
+    """The wandb section with the environment's WANDB_* variables applied."""
+    values = dict(vars(config))
+    fields = {field.name: field for field in dataclasses.fields(WandbConfig)}
+    for key, specified in _SPECIFIED.items():
+        text = os.environ.get(f"WANDB_{key.upper()}", "")
+        text = _WORDS.get(text.lower(), text)
+        choices = fields[key].metadata["choices"]
+        if text and text != specified and (choices is None or text in choices):
+            values[key] = text
+    return WandbConfig(**values)
+
+
+def has_api_key() -> bool:
+    """Whether W&B would find an API key: in the environment or in ~/.netrc. Asks nobody."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        path = os.environ.get("NETRC") or str(Path.home() / ".netrc")
+        return netrc.netrc(path).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError, RuntimeError):
+        return False
+
+
+def choose_mode(config: WandbConfig) -> tuple[str, str]:
+    """online, offline or disabled, and why. WANDB_MODE wins over the configuration."""
+    named = os.environ.get("WANDB_MODE", "").lower()
+    if named in ("online", "offline", "disabled"):
+        return named, "WANDB_MODE"
+    if config.mode != "auto":
+        return config.mode, "wandb.mode"
+    if has_api_key():
+        return "online", "an API key was found"
+    return "offline", "not logged in; `wandb login` makes the next run online"
+
+
+def new_id() -> str:
+    """A fresh run id, from no random generator of the run's."""
+    return secrets.token_hex(4)
+
+
+def read_id(directory: Path) -> str | None:
+    """The id of the run that uses a directory; None where there is none, or no valid one."""
+    path = directory / _ID_FILE
+    known = path.read_text("utf-8", "replace").strip() if path.exists() else ""
+    return known if re.fullmatch("[0-9A-Za-z_-]{1,64}", known) else None
+
+
+def write_id(directory: Path, run_id: str) -> None:
+    """Note in a directory which run uses it."""
+    (directory / _ID_FILE).write_text(run_id + "\n", encoding="utf-8")
+
+
+class WandbRun:
+    """One W&B run, the same across phases and resumes by its id.
+
+    Args:
+        config: the whole configuration, shown in W&B.
+        run_id: of the run; an existing run of that id is continued.
+        directory: where W&B writes its files (`directory`/wandb).
+        log: takes a line for people.
+        hurry: whether somebody waits for the end (a signal came).
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        run_id: str,
+        directory: Path,
+        log: Callable[[str], None],
+        hurry: Callable[[], bool],
+    ) -> None:
+        self.config = config
+        self.settings = settings(config.wandb)
+        self.mode, reason = choose_mode(self.settings)
+        self.run_id, self.directory, self.log, self.hurry = run_id, directory, log, hurry
+        self.failed = self.mode == "disabled"
+        self.jobs: queue.Queue[Callable[[Any], None] | None] = queue.Queue(maxsize=10_000)
+        self.thread: threading.Thread | None = None
+        log(f"W&B: {self.mode} ({reason}), run {run_id}")
+        if not self.failed:
+            self.thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+            self.thread.start()
+
+    def put(self, job: Callable[[Any], None]) -> None:
+        """Have the thread call `job(run)` after the earlier ones. Returns at once."""
+        if self.failed:
+            return
+        try:
+            self.jobs.put_nowait(job)
+        except queue.Full:
+            self._fail("10,000 records are waiting; W&B hangs")
+
+    def finish(self) -> None:
+        """Hand over what is left, for at most FINISH_SECONDS, or HURRY_SECONDS in a hurry."""
+        if self.thread is None:
+            return
+        try:
+            self.jobs.put_nowait(None)
+        except queue.Full:
+            self.failed = True
+        # After a failure there is nothing to wait for, but the thread may hang inside W&B: it is
+        # not joined then, and `cli.leave` does not wait for it either.
+        started = time.monotonic()
+        while self.thread.is_alive():
+            self.thread.join(0.1)
+            limit = 1 if self.failed else HURRY_SECONDS if self.hurry() else FINISH_SECONDS
+            if time.monotonic() - started > limit:
+                self._fail("did not finish in time; going on without it")
+                return
+        if self.mode == "offline" and not self.failed:
+            runs = f"{self.directory}/wandb/offline-run-*-{self.run_id}"
+            self.log(f"W&B: offline; upload with: wandb sync {runs}")
+
+    def _fail(self, reason: str) -> None:
+        if not self.failed:
+            self.failed = True
+            self.log(f"W&B: {reason}; the run goes on without it, logs/ has everything")
+
+    def _work(self) -> None:
+        try:
+            run = self._start()
+            while (job := self.jobs.get()) is not None and not self.failed:
+                job(run)
+            run.finish()
+        except BaseException as error:  # tracking must never stop a run (DESIGN: W&B)
+            text = " ".join(str(error).split())[:200]
+            self._fail(f"{type(error).__name__}: {text}")
+
+    def _start(self) -> Any:
+        wandb_directory = (self.directory / "wandb").resolve()
+        wandb_directory.mkdir(parents=True, exist_ok=True)
+        # W&B's copies of small artifact files wait beside the run, not in the home directory.
+        os.environ.setdefault("WANDB_DATA_DIR", str(wandb_directory))
+        os.environ.setdefault("WANDB_CACHE_DIR", str(wandb_directory))
+        import wandb
+
+        run = wandb.init(
+            project=self.settings.project,
+            entity=self.settings.entity,
+            name=self.settings.name,
+            id=self.run_id,
+            resume="allow" if self.mode == "online" else None,
+            mode=self.mode,
+            dir=str(self.directory),
+            config=to_dict(self.config),
+            settings=wandb.Settings(init_timeout=INIT_SECONDS),
+        )
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")
+        return run
+
+    # --- jobs, each put in the queue ---
+
+    def metrics(self, event: dict[str, Any]) -> None:
+        """An event's numbers, as `event/field`."""
+        kind, step = event["event"], event["step"]
+        values: dict[str, Any] = {"step": step}
+        for key, value in event.items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and key != "step":
+                values[f"{kind}/{key}"] = value
+            elif isinstance(value, dict):
+                values.update({f"{kind}/{key}/{name}": number for name, number in value.items()})
+        self.put(lambda run: run.log(values))
+
+    def samples(self, step: int, samples: list[dict[str, Any]]) -> None:
+        """The table of all samples so far, and the distribution of their lengths."""
+        columns = ("step", "prompt", "text", "generated_tokens", "perplexity", "seconds")
+        rows = [[sample[column] for column in columns] for sample in samples]
+
+        def job(run: Any) -> None:
+            import wandb
+
+            table = wandb.Table(columns=list(columns), data=rows)
+            lengths = wandb.Histogram([row[3] for row in rows])
+            run.log({"step": step, "samples": table, "sample_lengths": lengths})
+
+        self.put(job)
+
+    def images(self, step: int, paths: list[Path]) -> None:
+        """The plots."""
+
+        def job(run: Any) -> None:
+            import wandb
+
+            pictures = {f"plots/{path.stem}": wandb.Image(str(path)) for path in paths}
+            run.log({"step": step, **pictures})
+
+        self.put(job)
+
+    def histograms(self, step: int, values: dict[str, tuple[list[int], list[float]]]) -> None:
+        """Histograms by name: (counts, edges), one edge more than counts."""
+
+        def job(run: Any) -> None:
+            import wandb
+
+            made = {k: wandb.Histogram(np_histogram=pair) for k, pair in values.items()}
+            run.log({"step": step, **made})
+
+        self.put(job)
+
+    def artifact(
+        self, name: str, kind: str, paths: dict[str, Path], aliases: list[str] | None = None
+    ) -> None:
+        """Files as an artifact, each under its name there; read in place, without copies."""
+        large = kind == "model"
+
+        def job(run: Any) -> None:
+            import wandb
+
+            artifact = wandb.Artifact(f"{name}-{self.run_id}", type=kind)
+            for entry, path in paths.items():
+                if path.exists():  # retention may have removed it meanwhile
+                    policy = "immutable" if large else "mutable"
+                    artifact.add_file(
+                        str(path.resolve()), name=entry, skip_cache=True, policy=policy
+                    )
+            run.log_artifact(artifact, aliases=aliases)
+
+        self.put(job)

@@ -1,0 +1,74 @@
+"""The loss on the held-out text, and histograms of a model's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from model import IGNORE_INDEX, CausalLM
+from smollm import distributed, hardware
+
+# By the name of a tensor: counts of 64 bins, and their 65 edges.
+Histograms = dict[str, tuple[list[int], list[float]]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the held-out text says of a model."""
+
+    loss: float  # mean over the predicted tokens, in nats
+    tokens: int  # that were predicted, over all processes
+
+
+@torch.no_grad()
+def evaluate(
+    model: CausalLM,
+    batches: Iterable[tuple[np.ndarray, np.ndarray]],
+    device: torch.device,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
+    """The mean loss over batches of token ids; collective.
+
+    Args:
+        model: the model itself, not its DDP wrapper; left in training mode.
+        batches: input_ids and labels of this process, each (B, T); as many on every process.
+        interrupted: whether to give up before the next batch; the result is None then.
+    """
+    model.eval()
+    totals = torch.zeros(2, dtype=torch.float64, device="cpu")
+    for input_ids, labels in batches:
+        if interrupted():
+            break
+        inputs, targets = (hardware.to_device(array, device) for array in (input_ids, labels))
+        loss = model(inputs, targets, reduction="sum")
+        count = (labels != IGNORE_INDEX).sum()
+        totals += torch.tensor([loss.item(), count], dtype=torch.float64)
+    model.train()
+    distributed.reshard(model)
+    if interrupted():
+        return None
+    total, count = distributed.all_reduce_sum(totals).tolist()
+    return Evaluation(total / count, int(count))
+
+
+def histograms(model: torch.nn.Module, watched: str) -> Histograms:
+    """Histograms of gradients and parameters, of this process's part where they are sharded.
+
+    Args:
+        watched: gradients, parameters, all or false.
+    """
+    values: Histograms = {}
+    for name, parameter in model.named_parameters():
+        wanted = {"gradients": parameter.grad, "parameters": parameter.detach()}
+        for kind, tensor in wanted.items():
+            if watched in (kind, "all") and tensor is not None:
+                if hasattr(tensor, "to_local"):
+                    tensor = tensor.to_local()
+                low, high = (float(x) for x in tensor.aminmax())
+                counts = torch.histc(tensor.float().cpu(), 64, low, high)
+                edges = np.linspace(low, high if high > low else low + 1e-9, 65)
+                values[f"{kind}/{name}"] = (counts.int().tolist(), edges.tolist())
+    return values

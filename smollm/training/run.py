@@ -1,0 +1,401 @@
+"""A run in progress: what the training loop works on, and what it does between two steps."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import gc
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model import (
+    IGNORE_INDEX,
+    CausalLM,
+    ParameterCount,
+    count_parameters,
+    flops_per_token,
+)
+from smollm import distributed, fault_injection, generation, hardware, ranks
+from smollm.checkpoint import huggingface, state, store
+from smollm.checkpoint.writer import Writer
+from smollm.config import Config, to_dict
+from smollm.data import tokenizer as tokenizers
+from smollm.data.batches import TokenDataset, validation_batches
+from smollm.data.token_cache import Corpus
+from smollm.errors import DivergedError
+from smollm.hardware import Hardware
+from smollm.randomness import derive_seed
+from smollm.tracking.metrics import perplexity
+from smollm.tracking.tracker import Tracker, duration, human
+from smollm.training import step as steps
+from smollm.training.evaluation import evaluate, histograms
+from smollm.training.job import Job
+from smollm.training.optimizer import learning_rate
+from smollm.training.step import StepResult, TrainStep
+
+SIGNAL_STEPS = 8  # how often several processes look together whether one received a signal
+
+
+@dataclass
+class Progress:
+    """The counters that a checkpoint carries in trainer_state.json."""
+
+    step: int = 0
+    tokens: int = 0
+    elapsed_seconds: float = 0.0
+    train_loss: float | None = None
+    val_loss: float | None = None  # of this very step, else None
+    best_val_loss: float | None = None
+    best_step: int | None = None
+
+
+class Stopwatch:
+    """Time spent in steps, without what happens inside `pause`.
+
+    Args:
+        earlier: seconds that the run took before this process.
+        step: the step that it goes on from.
+    """
+
+    def __init__(self, earlier: float, step: int) -> None:
+        self.started = self.lap_started = time.monotonic()
+        self.earlier, self.lap_step, self.paused = earlier, step, 0.0
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave out what happens in this context."""
+        began = time.monotonic()
+        yield
+        self.paused += time.monotonic() - began
+
+    def lap(self, step: int) -> float:
+        """Seconds for each step since the last lap."""
+        now = time.monotonic()
+        seconds = max(now - self.lap_started - self.paused, 1e-9)
+        count, self.lap_step = step - self.lap_step, step
+        self.lap_started, self.paused = now, 0.0
+        return seconds / count
+
+    def elapsed(self) -> float:
+        """Seconds of the whole run so far."""
+        return self.earlier + time.monotonic() - self.started
+
+
+@dataclass
+class Run:
+    """Everything that a run in progress holds; made by `setup.set_up`."""
+
+    job: Job
+    hardware: Hardware
+    corpus: Corpus
+    dataset: TokenDataset
+    train_step: TrainStep
+    progress: Progress
+    run_id: str  # W&B's, the same across resumes and phases
+    tracker: Tracker
+    writer: Writer
+    host_copy: state.HostCopy
+    stopwatch: Stopwatch
+    resumed_phase: int  # of the checkpoint that the run goes on from; of the job, if it is fresh
+    announced: bool = False  # whether the expected time was said
+
+    @property
+    def config(self) -> Config:
+        """The configuration."""
+        return self.job.config
+
+    @property
+    def model(self) -> CausalLM:
+        """The model, perhaps sharded."""
+        return self.train_step.parallel.model
+
+    @functools.cached_property
+    def parameters(self) -> ParameterCount:
+        """Numbers of parameters."""
+        return count_parameters(self.config.model)
+
+    @functools.cached_property
+    def flops_per_token(self) -> int:
+        """Floating-point operations of training for one token, causal attention at half."""
+        return flops_per_token(self.config.model, self.config.data.sequence_length)
+
+    # --- taking steps ---
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """This process's input_ids and labels of a step, each (sequences, T) int64."""
+        arrays = self.dataset.batch(step, ranks.rank(), ranks.world_size())
+        input_ids, labels = (hardware.to_device(array, self.hardware.device) for array in arrays)
+        return input_ids, labels
+
+    def count_step(self, step: int) -> None:
+        """Note that a step was taken."""
+        self.progress.step = step
+        self.progress.tokens += self.config.tokens_per_step
+        self.progress.val_loss = None
+        self.job.stop.deferred = True  # from here on a signal has something to save
+        self.tracker.tick()
+
+    def is_due(self, step: int, every: int) -> bool:
+        """Whether what happens every so many steps, and at the end, happens after this one."""
+        return step % every == 0 or step == self.job.last
+
+    def looks_for_signals(self, step: int) -> bool:
+        """Whether to read this step for a signal's sake; the same answer on every process."""
+        return step % SIGNAL_STEPS == 0 if ranks.world_size() > 1 else self.interrupted()
+
+    def interrupted(self) -> bool:
+        """Whether this process may stop at once: it is alone, and a signal came."""
+        return ranks.world_size() == 1 and self.job.stop.number != 0
+
+    def read_step(self) -> StepResult:
+        """Wait for the step launched last and read its numbers; collective.
+
+        Raises:
+            DivergedError: a step was not finite; no weight was changed by it or since.
+        """
+        result = self.train_step.read()
+        if bad := result.nonfinite:
+            self.writer.wait()
+            raise DivergedError(
+                f"step {bad.step}: the loss is {bad.loss:g} and the gradient norm "
+                f"{bad.grad_norm:g}; stopped before the update; {self._last_good()}; try a lower "
+                "training.learning_rate"
+            )
+        self.progress.train_loss = result.loss
+        return result
+
+    def _last_good(self) -> str:
+        """`last good checkpoint: ...`, verified, for the error of a run that diverged."""
+        root = self.job.save_dir
+        for step in reversed(store.steps(root)):
+            if store.problem(store.directory_of(root, step)) is None:
+                return f"last good checkpoint: {store.directory_of(root, step)}"
+        return "last good checkpoint: none"
+
+    # --- between steps ---
+
+    def report(self, result: StepResult) -> None:
+        """The scalars of the step just read, and the gradient norm of each layer."""
+        progress, config = self.progress, self.config
+        seconds = self.stopwatch.lap(progress.step)
+        tokens_per_second = config.tokens_per_step / seconds
+        peak = hardware.peak_flops(self.hardware.device)
+        flops = tokens_per_second * self.flops_per_token
+        self.tracker.event(
+            "train",
+            progress.step,
+            loss=result.loss,
+            perplexity=perplexity(result.loss),
+            learning_rate=learning_rate(progress.step, config.training),
+            grad_norm=result.grad_norm,
+            tokens=progress.tokens,
+            epoch=self.dataset.epoch(progress.step),
+            tokens_per_second=tokens_per_second,
+            mfu=flops / (peak * ranks.world_size()) if peak else None,
+            peak_memory_gib=hardware.peak_memory_gib(self.hardware.device),
+            elapsed_seconds=self.stopwatch.elapsed(),
+        )
+        clipped_by = max(1.0, result.grad_norm / config.training.max_grad_norm)
+        norms = steps.layer_norms(self.model, clipped_by)
+        self.tracker.event("gradients", progress.step, norms=norms)
+        if not self.announced:
+            left = duration((self.job.last - progress.step) * seconds)
+            self.tracker.log(f"about {left} to go, besides evaluations and samples")
+            self.announced = True
+
+    def evaluate(self) -> bool:
+        """The loss on the held-out text; returns False where a signal interrupted it."""
+        fault_injection.point("evaluate")
+        started = time.monotonic()
+        batches = validation_batches(
+            self.corpus.validation,
+            self.config.data.sequence_length,
+            self.train_step.micro_batch,
+            IGNORE_INDEX,
+            ranks.rank(),
+            ranks.world_size(),
+        )
+        with self.stopwatch.pause():
+            found = evaluate(self.model, batches, self.hardware.device, self.interrupted)
+            if found is None:
+                return False
+            progress = self.progress
+            progress.val_loss = found.loss
+            if progress.best_val_loss is None or found.loss < progress.best_val_loss:
+                progress.best_val_loss, progress.best_step = found.loss, progress.step
+            self.tracker.event(
+                "eval",
+                progress.step,
+                val_loss=found.loss,
+                val_perplexity=perplexity(found.loss),
+                val_tokens=found.tokens,
+                seconds=time.monotonic() - started,
+            )
+            if progress.step > 0 and (values := histograms(self.model, self.tracker.watched)):
+                self.tracker.wandb.histograms(progress.step, values)
+        return not self.interrupted()
+
+    def sample(self) -> None:
+        """Texts from the model as it is now, by rank 0; their seeds derive from (seed, step)."""
+        fault_injection.point("sample")
+        with self.stopwatch.pause():
+            weights = state.full_weights(self.model)  # collective where sharded
+            if not ranks.is_main():
+                return
+            device, dtype = self.hardware.device, self.hardware.dtype
+            model = CausalLM(self.config.model, dtype).to(device, dtype).eval()
+            model.load_state_dict(weights)
+            step = self.progress.step
+            seed = derive_seed(self.config.training.seed, step, "sample")
+            samples = generation.generate(
+                model, self.corpus.tokenizer, self.config.generation, seed
+            )
+            for sample in samples:
+                self.tracker.event("sample", step, **dataclasses.asdict(sample))
+
+    def draw(self) -> None:
+        """Draw the plots and samples.txt anew, and collect garbage: figures are cycles."""
+        with self.stopwatch.pause():
+            self.tracker.draw(self.progress.step)
+            gc.collect()
+
+    def catch_up(self) -> None:
+        """The evaluation before the first step, or one that a signal cut short at this step."""
+        step, training = self.progress.step, self.config.training
+        if step == 0:
+            self.evaluate()
+        elif (
+            self.resumed_phase == self.job.phase
+            and self.progress.val_loss is None
+            and self.is_due(step, training.eval_steps)
+        ):
+            self.tracker.log(f"step {step}: its evaluation was interrupted; evaluating now")
+            if self.evaluate():
+                if self.is_due(step, training.sample_steps):
+                    self.sample()
+                self.draw()
+                self.save()
+
+    # --- saving and ending ---
+
+    def save(self) -> None:
+        """Hand a checkpoint of the present state to the writer; training waits for the copy only.
+
+        Raises:
+            DivergedError: a weight is not finite; nothing is saved.
+        """
+        with self.stopwatch.pause():
+            began = time.monotonic()
+            self.writer.wait()
+            weights, training_state = self.host_copy.take()
+            if not ranks.is_main():
+                return
+            for name, tensor in weights.items():
+                if not torch.isfinite(tensor).all():
+                    raise DivergedError(
+                        f"step {self.progress.step}: {name} is not finite; nothing was saved; "
+                        f"{self._last_good()}"
+                    )
+            self.progress.elapsed_seconds = self.stopwatch.elapsed()
+            fault_injection.point("save.copied")
+            saved = store.Checkpoint(
+                step=self.progress.step,
+                weights=weights,
+                training_state=training_state,
+                trainer_state=self._trainer_state(),
+                documents=self._documents(),
+            )
+            self.writer.save(saved, stall_seconds=time.monotonic() - began)
+
+    def _trainer_state(self) -> dict[str, Any]:
+        """trainer_state.json."""
+        return {
+            "format_version": store.FORMAT_VERSION,
+            **dataclasses.asdict(self.progress),
+            "phase": self.job.phase,
+            "phase_end": self.progress.step == self.job.last,
+            "wandb_run_id": self.run_id,
+            "data": self.corpus.fingerprint,
+            "world_size": ranks.world_size(),
+            "versions": {
+                "torch": torch.__version__,
+                "cuda": torch.version.cuda,
+                "python": platform.python_version(),
+                "numpy": np.__version__,
+            },
+            "config": to_dict(self.config),
+        }
+
+    def _documents(self) -> dict[str, Any]:
+        """The files that make a checkpoint a Hugging Face model directory, and its model card."""
+        tokenizer, progress = self.corpus.tokenizer, self.progress
+        end = tokenizers.end_token(tokenizer)
+        pad = tokenizer.token_to_id(tokenizers.PAD)
+        config = huggingface.config_json(self.config.model, end, pad)
+        card = huggingface.model_card(
+            progress.step,
+            self.parameters.total,
+            progress.tokens,
+            progress.best_val_loss,
+            progress.best_step,
+        )
+        documents = huggingface.model_documents(
+            config, self.config.generation, tokenizer.to_str(), tokenizer.id_to_token(end)
+        )
+        return {**documents, store.MODEL_CARD: card}
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the last step was taken and evaluated."""
+        return self.progress.step == self.job.last and self.progress.val_loss is not None
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 128 + the signal that stopped the run."""
+        if self.job.stop.number:
+            return 128 + self.job.stop.number
+        return 0 if self.job.dry_run or self.is_complete else 143
+
+    def finish(self) -> None:
+        """Save what is not saved yet, say how the run ended, and end its tracking."""
+        if not self.is_complete:
+            self.writer.wait()  # perhaps this very step is being written
+            if distributed.from_main(self.writer.written) != self.progress.step:
+                self.save()  # collective where sharded: all ranks, or none
+        self.writer.wait(final=True)
+        fault_injection.point("finish")
+        job, progress = self.job, self.progress
+        final = store.directory_of(job.save_dir, progress.step)
+        if self.is_complete:
+            best = f"; best val_loss {progress.best_val_loss:.4f} at step {progress.best_step}"
+            self.tracker.log(
+                f"phase {job.phase} complete: step {progress.step:,}, {human(progress.tokens)} "
+                f"tokens, {duration(progress.elapsed_seconds)}{best}; {final}"
+            )
+            self._log_models(final)
+        else:
+            self.tracker.log(f"stopped by a signal at step {progress.step:,}, saved {final}")
+        self.tracker.close(job.phase)
+
+    def _log_models(self, final: Path) -> None:
+        """Hand the best and the final checkpoint to W&B, where `wandb.log_model` asks for them."""
+        if self.tracker.logged_models != "true":
+            return
+        best = (self.job.save_dir / store.BEST).resolve()
+        if best.is_dir() and best != final.resolve():
+            self.tracker.log_model(model_files(best), ["best"])
+        self.tracker.log_model(model_files(final), ["final", f"phase-{self.job.phase}"])
+
+
+def model_files(directory: Path) -> dict[str, Path]:
+    """The files of a checkpoint that make it a model directory, by their names."""
+    return {name: directory / name for name in store.MODEL_FILES}

@@ -1,0 +1,236 @@
+"""From a job to a Run: its parts are made in an order that finds errors early."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from model import CausalLM, initialize
+from smollm import atomic, distributed, generation, hardware, randomness, ranks
+from smollm.checkpoint import resume, state, store
+from smollm.checkpoint.writer import Writer
+from smollm.config import Config
+from smollm.data import token_cache
+from smollm.data.batches import TokenDataset
+from smollm.data.token_cache import Corpus
+from smollm.errors import ResourceError, UserError
+from smollm.hardware import Hardware
+from smollm.tracking import wandb_run
+from smollm.tracking.tracker import Tracker, start_logging
+from smollm.training import optimizer as optimizers
+from smollm.training.job import Job
+from smollm.training.memory import fit_memory
+from smollm.training.run import Progress, Run, Stopwatch, model_files
+from smollm.training.step import TrainStep
+
+MEMORISED_EPOCHS = 16  # repeating a text more often than this adds little (arXiv 2305.16264)
+
+
+@contextlib.contextmanager
+def running(job: Job) -> Iterator[Run]:
+    """A run from its set-up to its end; it is trained in this context.
+
+    Raises:
+        UserError: of any kind. What was saved until then is on the disk.
+    """
+    logger = start_logging(None if job.dry_run else job.log_dir, job.phase)
+    run = set_up(job, logger)
+    if job.dry_run:
+        yield run
+        mode, reason = wandb_run.choose_mode(wandb_run.settings(job.config.wandb))
+        logger.info(f"W&B            {mode} ({reason})")
+        logger.info("dry run: everything is fine; nothing was written but the token cache")
+    else:
+        with hardware.step_conditions(run.hardware), _errors_reported(run):
+            if run.hardware.device.type == "cuda" and job.config.training.fit_memory:
+                fit_memory(run)
+            yield run
+            run.finish()
+    # Not after an error: ranks that still communicate would keep this one waiting, and torchrun
+    # ends them when it sees it gone (https://github.com/pytorch/torchtitan/pull/1342).
+    distributed.stop()
+
+
+@contextlib.contextmanager
+def _errors_reported(run: Run) -> Iterator[None]:
+    """After an error, let the checkpoint in progress be written, and end the tracking."""
+    try:
+        yield
+    except BaseException as error:
+        run.writer.wait()  # `cli.leave` waits for no thread, and this checkpoint may be the last
+        if isinstance(error, torch.OutOfMemoryError):
+            said: BaseException = ResourceError(
+                f"step {run.progress.step + 1}: the GPU's memory is full; set "
+                "training.gradient_checkpointing=full, or halve training.batch_size and double "
+                f"training.gradient_accumulation_steps ({str(error).splitlines()[0]})"
+            )
+        else:
+            said = error
+        if isinstance(said, UserError):
+            run.tracker.log(f"error: {said}")
+            run.tracker.close(run.job.phase)
+        if said is error:
+            raise
+        raise said from error
+
+
+def set_up(job: Job, logger: logging.Logger, corpus: Corpus | None = None) -> Run:
+    """Everything up to the first step.
+
+    Args:
+        corpus: a tokenized text, where the job's input_file is not to be read.
+    """
+    config, log = job.config, logger.info
+    machine = hardware.choose(config, ranks.local_rank())
+    micro_batch = optimizers.micro_batch_size(config, ranks.world_size())
+    distributed.start(machine.device)
+    saved = store.read(job.resume_from) if job.resume_from else None
+    corpus = corpus or _open_corpus(job, saved, log)
+    parallel = _build_model(config, machine, saved)
+    optimizer = optimizers.build_optimizer(parallel.model, config.training)
+    if saved:
+        state.load_optimizer(parallel.model, optimizer, saved)
+    dataset = TokenDataset(
+        corpus.train, config.data.sequence_length, config.sequences_per_step, config.training.seed
+    )
+    progress, run_id = _progress_of(saved, job.save_dir)
+    _check_disk(job, state.checkpoint_bytes(parallel.model, optimizer), log)
+    if job.writes:
+        wandb_run.write_id(job.save_dir, run_id)
+    tracker = Tracker(
+        config, job.log_dir if job.writes else None, logger, run_id, progress.step, job.last,
+        lambda: job.stop.number != 0,
+    )  # fmt: skip
+
+    def report_saved(checkpoint: store.Checkpoint, path: Path, size: int, stall: float) -> None:
+        step = checkpoint.step
+        tracker.event("checkpoint", step, path=str(path), bytes=size, stall_seconds=stall)
+        if tracker.logged_models == "all":
+            tracker.log_model(model_files(path), [f"step-{step}"])
+
+    run = Run(
+        job=job,
+        hardware=machine,
+        corpus=corpus,
+        dataset=dataset,
+        train_step=TrainStep(config, parallel, optimizer, micro_batch, job.stop),
+        progress=progress,
+        run_id=run_id,
+        tracker=tracker,
+        writer=Writer(job.save_dir, config.checkpoint, tracker.log, report_saved),
+        host_copy=state.HostCopy(parallel.model, optimizer, job.writes),
+        stopwatch=Stopwatch(progress.elapsed_seconds, progress.step),
+        resumed_phase=saved.trainer_state["phase"] if saved else job.phase,
+    )
+    for line in describe(run):
+        log(line)
+    if saved:
+        randomness.restore_global(saved.training_state)  # last: nothing draws after it
+    return run
+
+
+def _open_corpus(job: Job, saved: store.Checkpoint | None, log: Callable[[str], None]) -> Corpus:
+    """The tokenized text, made by rank 0 and opened by all; checked against the checkpoint's."""
+    tokenizer_json = saved.documents[store.TOKENIZER] if saved else None
+    corpus = None
+    if ranks.is_main():
+        corpus = token_cache.prepare(job.config, job.input_file, tokenizer_json, log)
+    distributed.wait_for_main()
+    if corpus is None:
+        corpus = token_cache.prepare(job.config, job.input_file, tokenizer_json, log)
+    if saved:
+        for line in resume.check_compatible(job.config, corpus.fingerprint, saved):
+            log(f"changed since the checkpoint: {line}")
+    # A prompt that leaves no room would end the run at the first sample.
+    settings = job.config.generation
+    prompts = settings.prompts[: settings.num_samples]
+    generation.encode_prompts(corpus.tokenizer, prompts, settings)
+    return corpus
+
+
+def _build_model(
+    config: Config, machine: Hardware, saved: store.Checkpoint | None
+) -> distributed.ParallelModel:
+    """The model with fresh or saved weights, compiled, on the device and on all processes."""
+    model = CausalLM(config.model, machine.dtype, machine.attention)
+    model.model.gradient_checkpointing = config.training.gradient_checkpointing
+    if saved:
+        state.load_weights(model, saved)
+    else:
+        seed = config.training.seed
+        randomness.seed_global(randomness.derive_seed(seed, 0, "global"))
+        weights_seed = randomness.derive_seed(seed, 0, "weights")
+        initialize(model, torch.Generator().manual_seed(weights_seed))
+    model = model.to(machine.device).train()
+    sharded = ranks.world_size() > 1 and config.training.parallel == "fsdp"
+    hardware.compile_model(  # FSDP's hooks break the graph
+        model, config.training.compile, machine.device, fullgraph=not sharded
+    )
+    return distributed.parallelize(model, machine.device, sharded)
+
+
+def _progress_of(saved: store.Checkpoint | None, save_dir: Path) -> tuple[Progress, str]:
+    """The counters and the W&B run id to start from."""
+    if saved is None:
+        # A run that ended before its first checkpoint left its id in save_dir.
+        run_id = wandb_run.read_id(save_dir) or wandb_run.new_id()
+        return Progress(), distributed.from_main(run_id)
+    found = saved.trainer_state
+    names = [f.name for f in dataclasses.fields(Progress) if f.name in found]
+    run_id = found.get("wandb_run_id") or wandb_run.new_id()
+    return Progress(**{name: found[name] for name in names}), distributed.from_main(run_id)
+
+
+def describe(run: Run) -> list[str]:
+    """What will happen, for people."""
+    job, config, dataset = run.job, run.config, run.dataset
+    micro_batch, world = run.train_step.micro_batch, ranks.world_size()
+    accumulation = config.sequences_per_step // (micro_batch * world)
+    processes = f" x {world} processes" if world > 1 else ""
+    start = f"fresh, seed {config.training.seed}"
+    if job.resume_from:
+        start = f"resumed from {job.resume_from}"
+    epochs = dataset.epoch(job.last)
+    size = state.checkpoint_bytes(run.model, run.train_step.optimizer)
+    rows = [
+        ("phase", f"{job.phase}: steps {run.progress.step:,} -> {job.last:,} ({start})"),
+        ("device", f"{hardware.name(run.hardware.device)}{processes}, torch {torch.__version__}"),
+        ("precision", f"{str(run.hardware.dtype).removeprefix('torch.')} compute, float32 weights"),
+        ("attention", run.hardware.attention_reason),
+        ("parameters", f"{run.parameters.total:,} ({run.parameters.matrices:,} in matrices)"),
+        ("data", run.corpus.conservation()),
+        (
+            "batch",
+            f"{micro_batch} sequences x {accumulation} accumulation{processes} x "
+            f"{config.data.sequence_length:,} tokens = {config.tokens_per_step:,} tokens per step",
+        ),
+        ("epochs", f"{epochs:,.1f} over {len(dataset.tokens):,} tokens"),
+        ("optimizer", optimizers.describe(config.training)),
+        ("checkpoints", f"{job.save_dir}, {size / 1e6:,.0f} MB each"),
+        ("expected time", "said after the first steps"),
+    ]
+    lines = [f"{name:<14} {value}" for name, value in rows]
+    if epochs > MEMORISED_EPOCHS:
+        lines.append(
+            f"warning: {epochs:,.0f} epochs over this text: the model will learn it by heart "
+            f"(beyond about {MEMORISED_EPOCHS} repeats add little); use a longer text or fewer "
+            "steps for a model that generalises"
+        )
+    return lines
+
+
+def _check_disk(job: Job, size: int, log: Callable[[str], None]) -> None:
+    """There must be room for a checkpoint; warn if not for all that retention keeps."""
+    directory = atomic.nearest(job.save_dir)
+    atomic.require_space(directory, size + size // 10)
+    wanted = (job.config.checkpoint.keep_last + 3) * size
+    if (free := atomic.free_bytes(directory)) < wanted:
+        log(
+            f"warning: {directory} has {free / 1e9:.1f} GB free, and the checkpoints to keep take "
+            f"up to {wanted / 1e9:.1f} GB"
+        )

@@ -1,0 +1,133 @@
+"""What a checkpoint is, and the command that lists and verifies them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+
+import pytest
+from checkpoint_helpers import (
+    FILES,
+    MODEL,
+    agree,
+    assert_loads,
+    assert_refused,
+    entry,
+    plant,
+    run_command,
+    tiny,
+    zero_page,
+)
+
+from smollm.checkpoint import store
+from smollm.config import CheckpointConfig
+from smollm.errors import CheckpointError
+
+
+def test_a_checkpoint_has_its_files_and_loads(root):
+    """Every file is in the manifest with its true size and sha256; links point at the newest."""
+    directory = root / "step_000020"
+    names = sorted(path.name for path in directory.iterdir())
+    assert names == sorted([*FILES, "manifest.json"])
+    manifest = json.loads((directory / "manifest.json").read_text())
+    assert sorted(manifest["files"]) == sorted(FILES)
+    for name, said in manifest["files"].items():
+        assert said == entry(directory / name)
+    assert store.problem(directory) is None
+    assert store.newest_whole(root, pytest.fail) == directory
+    assert store.newest_whole(root, pytest.fail, last=19) == root / "step_000010"
+    assert store.newest_whole(root, pytest.fail, first=21) is None
+    assert store.newest_whole(root / "none", pytest.fail) is None
+    assert_loads(directory, 20)
+    assert os.readlink(root / "latest") == "step_000020"
+    assert sorted(os.listdir(root)) == ["latest", "step_000010", "step_000020"]
+
+
+def test_every_file_of_a_checkpoint_can_be_read_by_those_whom_the_umask_allows(tmp_path):
+    """The weights are as readable as the rest: mode 0644 with the usual umask, 0640 with 027."""
+    for step, umask in ((10, 0o022), (20, 0o027)):
+        before = os.umask(umask)
+        try:
+            store.write(tmp_path, tiny(step))
+        finally:
+            os.umask(before)
+        for path in store.directory_of(tmp_path, step).iterdir():
+            assert path.stat().st_mode & 0o777 == 0o666 & ~umask, path.name
+
+
+def test_a_directory_of_checkpoints_can_be_moved(root):
+    """The links are relative: they hold after the directory was moved."""
+    store.prune(root, CheckpointConfig())
+    moved = root.rename(root.parent / "moved elsewhere")
+    assert_loads(moved / "latest", 20)
+    assert (moved / "best").resolve() == moved / "step_000010"  # equal losses: the earlier one
+
+
+def test_a_copy_in_place_of_the_link_does_not_stop_saving(root):
+    """Where a copy (cp -rL, object storage) made `latest` a directory, saving goes on."""
+    (root / "latest").unlink()
+    shutil.copytree(root / "step_000020", root / "latest")
+    store.write(root, tiny(30))
+    assert store.newest_whole(root, pytest.fail) == root / "step_000030"
+
+
+def test_a_newer_format_is_refused(root):
+    """A checkpoint of a later version of this code is named as that."""
+    directory = root / "step_000020"
+    (directory / "trainer_state.json").write_text('{"format_version": 99, "step": 20}')
+    agree(directory)
+    with pytest.raises(CheckpointError, match="has format 99, and this code knows 1"):
+        store.read(directory)
+
+
+def test_list_says_what_is_there_and_why(root):
+    """`checkpoint.py list`: a line for each checkpoint with its reason; damaged ones are named."""
+    plant(root, 30, val_loss=1.25, phase_end=True)
+    os.truncate(root / "step_000010" / MODEL, 3)
+    done = run_command("checkpoint.py", "list", root)
+    assert done.returncode == 0 and done.stderr == ""
+    rows = {line.split()[0]: line for line in done.stdout.splitlines()}
+    assert list(rows) == ["checkpoint", "step_000010", "step_000020", "step_000030"]
+    assert "DAMAGED" in rows["step_000010"]
+    assert "2.5000" in rows["step_000020"] and "newest" in rows["step_000020"]
+    for word in ("1.2500", "newest", "best", "end of phase 1"):
+        assert word in rows["step_000030"]
+
+
+def test_verify_checks_every_file_of_every_checkpoint(root):
+    """`checkpoint.py verify`: 0 when all are whole; 3 when one is damaged, and which file."""
+    for target in (root, root / "step_000020", root / "latest"):
+        done = run_command("checkpoint.py", "verify", target)
+        assert done.returncode == 0, done.stderr
+        assert "whole" in done.stdout and "DAMAGED" not in done.stdout
+    zero_page(root / "step_000010" / MODEL)
+    done = run_command("checkpoint.py", "verify", root)
+    assert_refused(done, 3, f"{root}/step_000010: DAMAGED: {MODEL}", f"{root}/step_000020: whole")
+    done = run_command("checkpoint.py", "verify", root / "step_000010")
+    assert_refused(done, 3, "step_000010: damaged: ", MODEL, "there are: step_000020")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "fragment"),
+    [
+        ((), 2, "error: "),
+        (("list",), 2, "error: "),
+        (("check", "."), 2, "invalid choice"),
+        (("list", ".", "--all"), 2, "unrecognized arguments"),
+        (("list", "/nowhere"), 3, "/nowhere: holds no checkpoints"),
+        (("verify", "/nowhere"), 3, "/nowhere: there is no such checkpoint"),
+        (("verify", "checkpoint.py"), 3, "checkpoint.py: is not a checkpoint directory"),
+        (("verify", "tests"), 3, "tests: holds no checkpoints and is none"),
+        (("verify", "/dev/zero"), 3, "is not a checkpoint directory"),
+    ],
+)
+def test_a_wrong_use_of_the_door_is_answered_at_once(words, code, fragment):
+    """`checkpoint.py`: 2 for usage, 3 for what is no checkpoint; one line; torch is not waited
+    for."""
+    began = time.monotonic()
+    done = run_command("checkpoint.py", *words)
+    assert time.monotonic() - began < 3
+    assert_refused(done, code, fragment)
+    assert done.stdout == "" and len(done.stderr.splitlines()) == 1

@@ -1,0 +1,173 @@
+"""Sampling: hand-computed cases, transformers' own filters, and the command line."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT, call, small_model, train, write_tiny
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from smollm import generation
+from smollm.config import GenerationConfig
+from smollm.data.tokenizer import end_token
+from smollm.randomness import derive_seed
+
+PROBABILITIES = torch.tensor([[0.1, 0.4, 0.2, 0.3]])
+
+
+def pick(uniform: float, **settings: float) -> int:
+    """The token that `select` takes from PROBABILITIES."""
+    chosen = GenerationConfig(**{"top_k": 0, "top_p": 1.0, **settings})
+    return int(generation.select(PROBABILITIES.log(), torch.tensor([uniform]), chosen))
+
+
+def test_select_by_hand() -> None:
+    """The tokens in falling order are 1 (0.4), 3 (0.3), 2 (0.2), 0 (0.1)."""
+    assert [pick(u) for u in (0.0, 0.39, 0.41, 0.69, 0.71, 0.89, 0.91, 0.9999)] == [
+        1, 1, 3, 3, 2, 2, 0, 0,
+    ]  # fmt: skip
+    assert pick(0.99, temperature=0) == 1
+    assert [pick(u, top_k=2) for u in (0.5, 0.6, 0.9999)] == [1, 3, 3]  # 4/7 and 3/7
+    assert [pick(u, top_p=0.4) for u in (0.0, 0.9999)] == [1, 1]
+    assert [pick(u, top_p=0.5) for u in (0.5, 0.6)] == [1, 3]  # 0.4 does not reach 0.5
+    # Half the temperature squares the odds: 16 : 9 : 4 : 1.
+    assert [pick(u, temperature=0.5) for u in (0.53, 0.54, 0.83, 0.84, 0.96, 0.97)] == [
+        1, 3, 3, 2, 2, 0,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
+@pytest.mark.parametrize("top_k", [0, 1, 7])
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 1.0])
+def test_the_distribution_is_that_of_transformers(
+    temperature: float, top_k: int, top_p: float
+) -> None:
+    """The frequencies over a grid of uniforms equal the probabilities after HF's filters."""
+    logits = torch.randn(1, 20, generator=torch.Generator().manual_seed(3))
+    settings = GenerationConfig(temperature=temperature, top_k=top_k, top_p=top_p)
+    grid = (torch.arange(20_000) + 0.5) / 20_000
+    chosen = generation.select(logits.expand(20_000, -1), grid, settings)
+    found = torch.bincount(chosen, minlength=20) / 20_000
+    scores = TemperatureLogitsWarper(temperature)(None, logits)
+    scores = TopKLogitsWarper(top_k)(None, scores) if top_k else scores
+    scores = TopPLogitsWarper(top_p)(None, scores) if top_p < 1 else scores
+    torch.testing.assert_close(found, scores.softmax(-1)[0], atol=2e-4, rtol=0)
+
+
+def test_greedy_generation_equals_argmax_of_full_forwards() -> None:
+    """The KV cache and the ragged batch change nothing: each row alone, without a cache."""
+    model = small_model().eval()
+    prompts = [[5, 6, 7], [9], [20, 21, 22, 23, 24, 25]]
+    settings = GenerationConfig(max_length=14, temperature=0)
+    results = generation.generate_ids(model, prompts, settings, [1, 2, 3], end=0)
+    for prompt, found in zip(prompts, results, strict=True):
+        ids, expected = list(prompt), 0.0
+        while len(ids) < 14 and ids[-1] != 0:
+            scores = model(torch.tensor([ids]))[0, -1].log_softmax(-1)
+            ids.append(int(scores.argmax()))
+            expected += scores.max().item()
+        assert found.ids == ids[len(prompt) :]
+        assert found.log_likelihood == pytest.approx(expected, abs=1e-3)
+        assert found.seconds > 0
+
+
+def test_seeds_make_samples_and_rows_are_independent() -> None:
+    """Same seed, same text, whatever else is in the batch; another seed, another text."""
+    model = small_model().eval()
+    settings = GenerationConfig(max_length=16)
+    prompt = [5, 6, 7]
+    alone = generation.generate_ids(model, [prompt], settings, [11], end=0)[0].ids
+    batch = generation.generate_ids(model, [[1], prompt, prompt], settings, [4, 11, 12], end=0)
+    assert batch[1].ids == alone
+    assert batch[2].ids != alone
+
+
+def test_end_of_text_ends_a_row_only() -> None:
+    """A row that draws the end token stops there; the others go on."""
+    model = small_model().eval()
+    settings = GenerationConfig(max_length=16, temperature=0)
+    free = [row.ids for row in generation.generate_ids(model, [[3], [8]], settings, [1, 1], end=-1)]
+    end = next(token for token in free[0] if token not in free[1])
+    stopped = generation.generate_ids(model, [[3], [8]], settings, [1, 1], end=end)
+    assert stopped[0].ids == free[0][: free[0].index(end) + 1]
+    assert stopped[1].ids == free[1]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a finished tiny run."""
+    directory = tmp_path_factory.mktemp("run")
+    write_tiny(directory)
+    assert train(directory).returncode == 0
+    return directory
+
+
+def door(run: Path, *words: str):
+    """Run generate.py on the newest checkpoint."""
+    script = [sys.executable, str(ROOT / "generate.py"), "--checkpoint", "run/checkpoints/latest"]
+    return call(run, [*script, *words])
+
+
+def test_command_line(run: Path) -> None:
+    """JSON lines, seeds that repeat, prompts in turn, max_length as Hugging Face counts it."""
+    words = ["--prompt", "The sea", "A", "--num_samples", "3", "--seed", "5", "--json"]
+    first, second = door(run, *words, "--max_length", "20"), door(run, *words, "--max_length", "20")
+    assert first.returncode == 0, first.stdout
+    samples = [json.loads(line) for line in first.stdout.splitlines()]
+    assert [s["prompt"] for s in samples] == ["The sea", "A", "The sea"]
+    assert all(s["text"].startswith(s["prompt"]) for s in samples)
+    assert all(0 < s["generated_tokens"] < 20 and s["perplexity"] > 1 for s in samples)
+    again = [json.loads(line) for line in second.stdout.splitlines()]
+    assert [s["text"] for s in samples] == [s["text"] for s in again]
+    plain = door(run, "--seed", "5")
+    assert plain.returncode == 0 and "Once upon a time" in plain.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "hint"),
+    [
+        (["--temperature", "hot"], 2, "--temperature"),
+        (["--top_p", "1.5", "--top_k", "-1"], 2, "2 problems"),
+        (["--max_length", "9999"], 2, "64"),
+        (["--prompt", "word " * 200], 2, "max_length"),
+        (["--nonsense"], 2, "--help"),
+        (["--checkpoint", "nowhere"], 3, "nowhere"),
+        (["--checkpoint", "text.txt"], 3, "text.txt"),
+        (["--checkpoint", "run"], 3, "manifest.json"),
+    ],
+)
+def test_command_line_errors(run: Path, words: list[str], code: int, hint: str) -> None:
+    """One clear line and the right exit code."""
+    result = door(run, *words)
+    assert result.returncode == code, result.stdout
+    assert hint in result.stdout and "Traceback" not in result.stdout
+
+
+def test_perplexity_is_that_of_the_model(run: Path) -> None:
+    """A sample's perplexity, recomputed by transformers on the same tokens."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    directory = run / "run/checkpoints/latest"
+    model, tokenizer = generation.load(directory, torch.device("cpu"), torch.float32)
+    settings = GenerationConfig(max_length=30, prompts=("The sea was",), num_samples=1)
+    sample = generation.generate(model, tokenizer, settings, seed=1)[0]
+    prompt = tokenizer.encode("The sea was").ids
+    found = generation.generate_ids(
+        model, [prompt], settings, [derive_seed(1, 0, "sample")],
+        end_token(tokenizer),
+    )[0]  # fmt: skip
+    new = found.ids
+    theirs = AutoModelForCausalLM.from_pretrained(directory)
+    assert AutoTokenizer.from_pretrained(directory)("The sea was")["input_ids"] == prompt
+    scores = theirs(torch.tensor([prompt + new])).logits[0].log_softmax(-1)
+    expected = sum(
+        float(scores[len(prompt) - 1 + i, token].detach()) for i, token in enumerate(new)
+    )
+    assert found.log_likelihood == pytest.approx(expected, abs=1e-3)
+    assert sample.perplexity == pytest.approx(math.exp(-expected / len(new)), rel=1e-3)
+    assert sample.generated_tokens == len(new)

@@ -1,0 +1,225 @@
+"""One optimizer step: closed forms, accumulation, weight decay, the non-finite guard (E3, N1)."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers import SMALL, random_batch, small_model
+from torch import Tensor
+
+import model as models
+from smollm import config as configuration
+from smollm.config import Config, TrainingConfig
+from smollm.distributed import ParallelModel
+from smollm.errors import ConfigError
+from smollm.signals import StopSignals
+from smollm.training import optimizer
+from smollm.training.step import TrainStep, layer_norms
+
+
+def make_step(
+    micro_batch: int,
+    config: Config | None = None,
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> TrainStep:
+    """A TrainStep of a small model, on one process."""
+    config = config or Config(model=SMALL)
+    model = small_model()
+    parallel = ParallelModel(model, loss or model, lambda sync: contextlib.nullcontext())
+    adamw = optimizer.build_optimizer(model, config.training)
+    return TrainStep(config, parallel, adamw, micro_batch, StopSignals())
+
+
+def test_learning_rate_follows_its_closed_form() -> None:
+    """Linear warm-up, cosine to the floor at train_steps, then flat."""
+    training = TrainingConfig()
+    assert optimizer.learning_rate(1, training) == pytest.approx(5e-6)
+    assert optimizer.learning_rate(10, training) == pytest.approx(5e-5)
+    assert optimizer.learning_rate(100, training) == pytest.approx(5e-4)
+    middle = (100 + 5000) // 2
+    assert optimizer.learning_rate(middle, training) == pytest.approx((5e-4 + 5e-5) / 2)
+    quarter = 100 + 4900 // 4
+    expected = 5e-5 + 4.5e-4 * (1 + math.cos(math.pi / 4)) / 2
+    assert optimizer.learning_rate(quarter, training) == pytest.approx(expected)
+    for step in (5000, 5001, 5050, 99999):
+        assert optimizer.learning_rate(step, training) == pytest.approx(5e-5)
+    rates = [optimizer.learning_rate(step, training) for step in range(100, 5001)]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_other_schedules_and_short_runs() -> None:
+    """linear and constant; no warm-up; a warm-up longer than the run."""
+    linear = TrainingConfig(schedule="linear", warmup_steps=0, train_steps=10)
+    assert optimizer.learning_rate(5, linear) == pytest.approx((5e-4 + 5e-5) / 2)
+    constant = TrainingConfig(schedule="constant", warmup_steps=2)
+    assert optimizer.learning_rate(4000, constant) == 5e-4
+    short = TrainingConfig(train_steps=2, warmup_steps=100)
+    assert optimizer.learning_rate(2, short) == pytest.approx(1e-5)
+    assert optimizer.learning_rate(3, short) == 5e-5
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 192])
+def test_batch_is_shared_out_evenly(world: int) -> None:
+    """More processes take the accumulation first, then the batch; the product stays 192."""
+    micro = optimizer.micro_batch_size(Config(), world)
+    assert 192 % (micro * world) == 0
+    if world in (2, 4):
+        assert micro == 48
+
+
+def test_batch_that_cannot_be_shared() -> None:
+    """5 processes cannot share 192 sequences; the message says what would do."""
+    with pytest.raises(ConfigError, match="multiple of 5"):
+        optimizer.micro_batch_size(Config(), 5)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 4, 16])
+def test_accumulation_gives_the_same_gradients(micro_batch: int) -> None:
+    """E3: 1x16, 4x4, 8x2 and 16x1 sequences: gradients within 1e-6, and so the loss."""
+    batch = random_batch(16)
+    whole, parts = make_step(16), make_step(micro_batch)
+    loss, other = whole.accumulate(1, *batch), parts.accumulate(1, *batch)
+    assert float(loss) == pytest.approx(float(other), abs=1e-6)
+    for ours, theirs in zip(
+        parts.parallel.model.parameters(), whole.parallel.model.parameters(), strict=True
+    ):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-5)
+
+
+def test_loss_gradient_agrees_with_finite_differences() -> None:
+    """The derivative along a random direction, against a central difference in fp64."""
+    model = small_model().double()
+    model.dtype = torch.float64
+    input_ids, labels = random_batch(2)
+    direction = [torch.randn(p.shape, dtype=torch.float64) for p in model.parameters()]
+    model(input_ids, labels).backward()
+    slope = sum((p.grad * d).sum() for p, d in zip(model.parameters(), direction, strict=True))
+
+    def moved(distance: float) -> float:
+        with torch.no_grad():
+            for p, d in zip(model.parameters(), direction, strict=True):
+                p += distance * d
+            value = float(model(input_ids, labels))
+            for p, d in zip(model.parameters(), direction, strict=True):
+                p -= distance * d
+        return value
+
+    # The loss is computed in fp32, so the distance must not be too small.
+    numeric = (moved(1e-3) - moved(-1e-3)) / 2e-3
+    assert float(slope) == pytest.approx(numeric, rel=2e-2, abs=2e-2)
+
+
+def test_weight_decay_on_matrices_only() -> None:
+    """Every matrix and no vector decays; together they are all parameters, once."""
+    model = small_model()
+    decayed, plain = optimizer.build_optimizer(model, TrainingConfig()).param_groups
+    assert decayed["weight_decay"] == 0.1 and plain["weight_decay"] == 0.0
+    assert sum(p.numel() for p in decayed["params"]) == models.count_parameters(SMALL).matrices
+    together = sum(p.numel() for group in (decayed, plain) for p in group["params"])
+    assert together == models.count_parameters(SMALL).total
+
+
+def test_step_equals_adamw_by_its_formula() -> None:
+    """One step of one weight, by the formula of arXiv 1711.05101 with clipping."""
+    train_step = make_step(4)
+    weight = train_step.parallel.model.model.layers[0].mlp.c_fc.weight
+    before = weight.detach().clone()
+    assert train_step(50, *random_batch(4))
+    norm = train_step.read().grad_norm
+    gradient = weight.grad  # clipped in place
+    total = torch.sqrt(
+        sum((p.grad.double() ** 2).sum() for p in train_step.parallel.model.parameters())
+    )
+    assert float(total) == pytest.approx(min(norm, 1.0), rel=1e-4)
+    rate = optimizer.learning_rate(50, TrainingConfig())
+    # At the first step both bias-corrected means are the gradient itself.
+    expected = before * (1 - rate * 0.1) - rate * gradient / (gradient.abs() + 1e-8)
+    torch.testing.assert_close(weight.detach(), expected, atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["loss nan", "loss inf", "gradient nan", "gradient inf"])
+def test_the_guard_leaves_everything_as_it_was(case: str) -> None:
+    """N1: nothing is updated by a bad step, nor by good ones launched before the host looked."""
+    what, value = case.split()
+
+    def loss(input_ids: Tensor, labels: Tensor) -> Tensor:
+        result = model(input_ids, labels)
+        if bad[0] and what == "loss":
+            return result * float(value)
+        if bad[0]:  # the loss stays finite, the gradient does not
+            result.register_hook(lambda gradient: gradient * float(value))
+        return result
+
+    bad = [False]
+    train_step = make_step(4, loss=loss)
+    model = train_step.parallel.model
+    assert train_step(1, *random_batch(4)) and train_step.read().nonfinite is None
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    moments = [s["exp_avg"].clone() for s in train_step.optimizer.state.values()]
+    counts = [float(s["step"]) for s in train_step.optimizer.state.values()]
+    bad[0] = True
+    assert train_step(2, *random_batch(4))
+    bad[0] = False
+    assert train_step(3, *random_batch(4))  # launched before anybody read step 2
+    found = train_step.read().nonfinite
+    assert found.step == 2  # the first bad one is named, with its own numbers
+    if what == "loss":
+        assert str(found.loss) == value
+    else:
+        assert math.isfinite(found.loss)
+    assert not math.isfinite(found.grad_norm)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+    for old, new in zip(moments, train_step.optimizer.state.values(), strict=True):
+        assert torch.equal(old, new["exp_avg"])
+    assert counts == [float(s["step"]) for s in train_step.optimizer.state.values()]
+
+
+def test_layer_norms_are_those_before_clipping() -> None:
+    """The layers' norms together are the gradient norm that the step reports."""
+    config = configuration.replace_training(Config(model=SMALL), max_grad_norm=0.01)
+    train_step = make_step(4, config)
+    assert train_step(1, *random_batch(4))
+    norm = train_step.read().grad_norm
+    norms = layer_norms(train_step.parallel.model, clipped_by=norm / 0.01)
+    assert list(norms) == ["embed_tokens", "layers.0", "layers.1", "norm"]
+    assert math.hypot(*norms.values()) == pytest.approx(norm, rel=1e-3)
+
+
+def test_an_interrupted_step_changes_nothing() -> None:
+    """A signal between two micro-batches: the step is given up, the weights are as before."""
+
+    def loss(input_ids: Tensor, labels: Tensor) -> Tensor:
+        train_step.stop.number = 15  # comes during the first micro-batch
+        return model(input_ids, labels)
+
+    train_step = make_step(1, loss=loss)
+    model = train_step.parallel.model
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    assert not train_step(1, *random_batch(4))
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("mode", "micro"), [("selective", 4), ("full", 4), ("full", 1)])
+def test_gradient_checkpointing_and_smaller_micro_batches_keep_the_gradients(
+    mode: str, micro: int
+) -> None:
+    """Whatever fit_memory chooses gives the loss and gradients of the plain step."""
+    batch = random_batch(8)
+    plain, other = make_step(4), make_step(micro)
+    other.parallel.model.model.gradient_checkpointing = mode
+    torch.testing.assert_close(other.accumulate(1, *batch), plain.accumulate(1, *batch))
+    ours, theirs = (x.parallel.model.parameters() for x in (other, plain))
+    for one, two in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one.grad, two.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_smaller_micro_batches() -> None:
+    """The largest divisor up to the half; none below one sequence."""
+    found = [optimizer.smaller_micro_batch(size, 96) for size in (48, 24, 6, 3, 2, 1)]
+    assert found == [24, 12, 3, 1, 1, None]
+    assert optimizer.smaller_micro_batch(5, 5) == 1
