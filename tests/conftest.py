@@ -1,6 +1,12 @@
 """Options and markers: --slow for the long tiers, gpu for tests that need a GPU."""
 
+import os
+
 import pytest
+
+# Before torch is imported, here and in what is started: two workers share the cores, and the last
+# bits of a run depend on the number of threads.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import forked
 import model as models
 from smollm.config import ModelConfig
 from smollm.config_reader import load
@@ -149,7 +150,15 @@ def default_signals() -> None:
 def call(
     directory: Path, words: list[str], timeout: float = 120, **extra: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command in a directory; stdout and stderr together in `stdout`."""
+    """Run a command in a directory; stdout and stderr together in `stdout`.
+
+    A script of the project is forked from a process that has imported torch (forked.py), unless
+    variables ask for what is decided when a process starts.
+    """
+    starts = any(name.startswith(("PYTHON", "HOME", "WANDB", "DEBUG")) for name in extra)
+    script = words[1:] and Path(words[1]).parent == ROOT and words[0] == sys.executable
+    if script and not starts:
+        return forked.run(words[1:], directory, environment(**extra), timeout)
     return subprocess.run(
         words, cwd=directory, env=environment(**extra), timeout=timeout, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
