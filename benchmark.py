@@ -20,8 +20,6 @@ above 1 says that ours is faster.
 - generate: 3 samples of 100 tokens; the peer is transformers' generate with the same weights.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import functools

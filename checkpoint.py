@@ -5,8 +5,6 @@ python checkpoint.py verify checkpoints            check every file of every che
 python checkpoint.py verify checkpoints/step_005000
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from smollm import cli

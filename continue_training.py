@@ -7,15 +7,13 @@ Weights, optimizer, learning-rate schedule, data order, W&B run and RNG go on wh
 of `--start_step` left them. A continuation that was interrupted goes on where it was.
 """
 
-from __future__ import annotations
-
 from smollm import cli
 from smollm.checkpoint import resume, store
 from smollm.config import LAST_STEP
 from smollm.errors import ConfigError
 from smollm.signals import StopSignals
-from smollm.training.job import Job, open_run
-from train import train
+from smollm.training.job import Job
+from train import open_run, train
 
 
 def main() -> int:

@@ -11,8 +11,6 @@ Parameter names are Hugging Face's, so a state_dict saved as model.safetensors *
 `Starcoder2ForCausalLM`. Dimensions in comments: B batch, T sequence, C width, H heads, D head size.
 """
 
-from __future__ import annotations
-
 import importlib
 import math
 from collections.abc import Callable
@@ -150,19 +148,14 @@ class KVCache:
     """
 
     def __init__(
-        self,
-        config: ModelConfig,
-        batch_size: int,
-        max_length: int,
-        device: torch.device,
-        dtype: torch.dtype,
+        self, config: ModelConfig, rows: int, length: int, device: torch.device, dtype: torch.dtype
     ) -> None:
         head_size = config.hidden_size // config.num_attention_heads
-        shape = (batch_size, max_length, config.num_attention_heads, head_size)
+        shape = (rows, length, config.num_attention_heads, head_size)
         layers = range(config.num_hidden_layers)
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
-        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)  # (B,)
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # (B,)
 
     def positions(self, count: int) -> Tensor:
         """The positions (B, count) of the next `count` tokens of each row."""
@@ -187,9 +180,7 @@ class SelfAttention(nn.Module):
     def __init__(self, config: ModelConfig, attention: Attention, layer: int) -> None:
         super().__init__()
         width = config.hidden_size
-        self.heads = config.num_attention_heads
-        self.layer = layer
-        self.attention = attention
+        self.heads, self.attention, self.layer = config.num_attention_heads, attention, layer
         self.q_proj = Linear(width, width)
         self.k_proj = Linear(width, width)
         self.v_proj = Linear(width, width)
@@ -291,20 +282,15 @@ class CausalLM(nn.Module):
     """The language model: a Transformer and a head that shares the embedding's matrix.
 
     Args:
-        config: the architecture.
-        dtype: the compute dtype; the parameters stay as they are (fp32 for training).
-        attention: the name of an attention function (see `attention_function`).
+        dtype: of the computation; the parameters stay as they are (fp32 for training).
+        attention: a name that `attention_function` knows.
     """
 
     def __init__(
-        self,
-        config: ModelConfig,
-        dtype: torch.dtype = torch.float32,
-        attention: str = "sdpa",
+        self, config: ModelConfig, dtype: torch.dtype = torch.float32, attention: str = "sdpa"
     ) -> None:
         super().__init__()
-        self.config = config
-        self.dtype = dtype
+        self.config, self.dtype = config, dtype
         self.model = Transformer(config, attention_function(attention))
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -316,12 +302,9 @@ class CausalLM(nn.Module):
         return linear(hidden, F.pad(weight, (0, 0, 0, missing)))[..., : weight.size(0)]
 
     def forward(
-        self,
-        input_ids: Tensor,
-        labels: Tensor | None = None,
-        cache: KVCache | None = None,
+        self, input_ids: Tensor, labels: Tensor | None = None, cache: KVCache | None = None,
         reduction: str = "mean",
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Logits (B, T, V), or with labels the loss in nats, fp32.
 
         Args:
@@ -353,10 +336,7 @@ def next_token_loss(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
     The softmax is in fp32: with bf16 logits each token's loss would be rounded and their mean
     biased. Under torch.compile the cast is fused and costs nothing; in eager mode see `HeadLoss`.
 
-    Args:
-        logits: (N, V), fp32 or bf16.
-        labels: (N,), int64.
-        reduction: "mean" over the predicted positions, or "sum".
+    Args: logits (N, V) fp32 or bf16; labels (N,) int64; reduction "mean" or "sum".
     """
     return F.cross_entropy(logits.float(), labels, ignore_index=IGNORE_INDEX, reduction=reduction)
 
@@ -378,9 +358,7 @@ class HeadLoss(torch.autograd.Function):
         ctx.weight_dtype, weight = weight.dtype, weight.to(hidden.dtype)
         logits = F.linear(hidden, weight)
         log_sums = torch.empty(hidden.size(0), dtype=torch.float32)
-        for part, out in zip(
-            logits.split(HeadLoss.ROWS), log_sums.split(HeadLoss.ROWS), strict=True
-        ):
+        for part, out in zip(*(x.split(HeadLoss.ROWS) for x in (logits, log_sums)), strict=True):
             torch.logsumexp(part.float(), -1, out=out)
         ignored = labels == IGNORE_INDEX
         targets = labels.masked_fill(ignored, 0)[:, None]

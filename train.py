@@ -12,12 +12,14 @@ only after everything that can be checked without it, so that a mistake is answe
 from __future__ import annotations
 
 import contextlib
+import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from smollm import atomic, cli
+from smollm import atomic, cli, fault_injection
 from smollm.checkpoint import resume, store
 from smollm.signals import StopSignals
-from smollm.training.job import Job, open_run
+from smollm.training.job import Job
 
 if TYPE_CHECKING:
     from smollm.training.run import Run
@@ -60,6 +62,23 @@ def train(run: Run) -> None:
             run.save()
         if stop:
             break
+
+
+@contextlib.contextmanager
+def open_run(job: Job) -> Iterator[Run]:
+    """Set a run up to be trained in this context; on exit it is saved and its tracking is ended.
+
+    Raises:
+        UserError: of any kind, from the set-up or from the training.
+    """
+    same = os.path.realpath(job.log_dir) == os.path.realpath(job.save_dir)  # is held already
+    with contextlib.ExitStack() as stack:
+        if job.writes and not same:
+            stack.enter_context(atomic.hold(job.log_dir, "--log_dir"))
+        fault_injection.point("start.import")
+        from smollm.training import setup  # imports torch
+
+        yield stack.enter_context(setup.running(job))
 
 
 def main() -> int:

@@ -6,8 +6,6 @@ crash at any moment leaves the old state and perhaps a temporary directory, whic
 removes. The manifest is the proof that a directory is whole.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl
@@ -42,10 +40,8 @@ def lock(path: Path, wait: Callable[[str], None] | None = None) -> Iterator[None
     """Hold a lock file (flock: the kernel releases it when the holder ends, however it ends).
 
     Args:
-        wait: wait for another holder, after passing this function a line about it.
-
-    Raises:
-        LockedError: another process holds it, and `wait` is None; its pid and host are named.
+        wait: wait for another holder, after passing this function a line about it; if None, raise
+            LockedError with its pid and host.
     """
     with open(path, "a+", encoding="utf-8") as file:
         try:

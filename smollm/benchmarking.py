@@ -4,8 +4,6 @@ Every worker takes the configuration and the command line's arguments and return
 `seconds` holds the raw times. WORKERS, at the end, names them.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses

@@ -4,8 +4,6 @@ Imports no torch, so that a wrong command line is answered in well under a secon
 exit codes.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import os

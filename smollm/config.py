@@ -5,8 +5,6 @@ config_reader.py makes a Config from a file and overrides. Imports no torch, so 
 configuration is reported in well under a second.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import typing
 from collections.abc import Iterator
@@ -17,13 +15,10 @@ LAST_STEP = 999_999  # names of checkpoint directories have six digits
 
 
 def _setting(
-    default: Any,
-    minimum: float | None = None,
-    maximum: float | None = None,
-    choices: tuple[str, ...] | None = None,
+    default: Any, low: float | None = None, high: float | None = None, choices: tuple[str, ...] = ()
 ) -> Any:
-    """A dataclass field with the range (inclusive) or the words that it accepts; None: any."""
-    metadata = {"minimum": minimum, "maximum": maximum, "choices": choices}
+    """A dataclass field with the range (inclusive) or the words that it accepts."""
+    metadata = {"minimum": low, "maximum": high, "choices": choices}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -199,15 +194,11 @@ def conflicts(config: Config) -> Iterator[str]:
     heads, longest = model.num_attention_heads, model.max_position_embeddings
     head_size, rest = divmod(model.hidden_size, heads)
     if rest:
-        yield (
-            f"model.hidden_size {model.hidden_size} is not a multiple of "
-            f"model.num_attention_heads {heads}"
-        )
+        size = f"model.hidden_size {model.hidden_size}"
+        yield f"{size} is not a multiple of model.num_attention_heads {heads}"
     elif head_size % 2:
-        yield (
-            f"model.hidden_size / model.num_attention_heads is {head_size}; rotary embeddings need "
-            "it even"
-        )
+        size = f"model.hidden_size / model.num_attention_heads is {head_size}"
+        yield f"{size}; rotary embeddings need it even"
     for key, length in (
         ("data.sequence_length", config.data.sequence_length),
         ("generation.max_length", config.generation.max_length),
@@ -215,10 +206,8 @@ def conflicts(config: Config) -> Iterator[str]:
         if length > longest:
             yield f"{key} {length} is larger than model.max_position_embeddings {longest}"
     if training.min_learning_rate > training.learning_rate:
-        yield (
-            f"training.min_learning_rate {training.min_learning_rate} is larger than "
-            f"training.learning_rate {training.learning_rate}"
-        )
+        low = f"training.min_learning_rate {training.min_learning_rate}"
+        yield f"{low} is larger than training.learning_rate {training.learning_rate}"
     if training.train_steps + training.continue_steps > LAST_STEP:
         yield f"training.train_steps + training.continue_steps is larger than {LAST_STEP}"
     if config.tokenizer.source == "train" and model.vocab_size < 258:

@@ -8,8 +8,6 @@ is a number, `no` is not a boolean, and octal (`0123`) or sexagesimal (`12:30`) 
 rather than turned into another value. Tags are refused, so nothing in a file is ever executed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import difflib
@@ -17,17 +15,20 @@ import math
 import re
 import stat
 import typing
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from smollm.config import Config, GenerationConfig, conflicts, sections
 from smollm.errors import ConfigError
 
-_INTEGER = re.compile(r"[+-]?(0|[1-9][0-9]*(_[0-9]+)*)")
-_NUMBER = re.compile(r"[+-]?([0-9]+(_[0-9]+)*)?\.?[0-9]*([eE][+-]?[0-9]+)?")
+# A leading zero ("0123") would be octal in YAML 1.1; a person may mean either, so it is refused.
+_SHAPES = {
+    bool: re.compile("true|false", re.IGNORECASE),
+    int: re.compile(r"[+-]?(0|[1-9][0-9]*(_[0-9]+)*)"),
+    float: re.compile(r"[+-]?(?!0[0-9])([0-9]+(_[0-9]+)*)?\.?[0-9]*([eE][+-]?[0-9]+)?"),
+}
 _NULLS = ("", "null", "Null", "NULL", "~")
 _MOST_PROBLEMS = 100  # of one file; it is hardly a configuration then
 
@@ -94,25 +95,15 @@ def _expected(field: dataclasses.Field, kind: Any) -> str:
 def _parse_scalar(text: str, kind: Any) -> Any:
     """Convert one scalar's text to `kind`; raises ValueError where it is not of that kind."""
     text.encode()  # UnicodeEncodeError, a ValueError: no log or checkpoint could hold it
-    if "\0" in text:
+    if kind == str | None and text in _NULLS:
+        return None
+    shape = _SHAPES.get(kind)
+    # Longer than 40 is no number that a key accepts, and the pattern takes quadratic time.
+    if "\0" in text or (shape and (len(text) > 40 or not shape.fullmatch(text))):
         raise ValueError(text)
-    if kind == str | None:
-        return None if text in _NULLS else text
-    if kind is str:
-        if text in _NULLS:
-            raise ValueError(text)
-        return text
-    if kind is bool:
-        if text.lower() not in ("true", "false"):
-            raise ValueError(text)
-        return text.lower() == "true"
-    if len(text) > 40:  # longer than any number that a key accepts; _NUMBER takes quadratic time
+    if kind is str and text in _NULLS:
         raise ValueError(text)
-    # A leading zero ("0123") would be octal in YAML 1.1; a person may mean either, so ask.
-    octal = re.match(r"[+-]?0[0-9]", text)
-    if octal or not (_INTEGER if kind is int else _NUMBER).fullmatch(text):
-        raise ValueError(text)
-    return kind(text)
+    return text.lower() == "true" if kind is bool else kind(text) if shape else text
 
 
 def _parse(field: dataclasses.Field, kind: Any, value: Any) -> Any:
@@ -121,27 +112,19 @@ def _parse(field: dataclasses.Field, kind: Any, value: Any) -> Any:
     Raises:
         ValueError: the value is not what the key accepts.
     """
-    if typing.get_origin(kind) is tuple:
-        if not isinstance(value, list):
+    many = typing.get_origin(kind) is tuple
+    item = typing.get_args(kind)[0] if many else kind
+    if not isinstance(value, list if many else str) or (item is str and value == []):
+        raise ValueError(value)
+    results = [_parse_scalar(text, item) for text in (value if many else [value])]
+    low, high, choices = (field.metadata[name] for name in ("minimum", "maximum", "choices"))
+    if item in (int, float) and not all(math.isfinite(n) and low <= n <= high for n in results):
+        raise ValueError(value)
+    if choices:
+        results = [text.lower() for text in results]
+        if results[0] not in choices:
             raise ValueError(value)
-        item = typing.get_args(kind)[0]
-        result = tuple(_parse_scalar(text, item) for text in value)
-        if item is str and not result:
-            raise ValueError(value)
-    else:
-        if not isinstance(value, str):
-            raise ValueError(value)
-        result = _parse_scalar(value, kind)
-    for number in result if isinstance(result, tuple) else (result,):
-        if isinstance(number, (int, float)) and not isinstance(number, bool):
-            low, high = field.metadata["minimum"], field.metadata["maximum"]
-            if not (math.isfinite(number) and low <= number <= high):
-                raise ValueError(value)
-    if field.metadata["choices"]:
-        result = result.lower()
-        if result not in field.metadata["choices"]:
-            raise ValueError(value)
-    return result
+    return tuple(results) if many else results[0]
 
 
 def _suggestion(word: str, section: str | None = None) -> str:
@@ -160,16 +143,10 @@ def _suggestion(word: str, section: str | None = None) -> str:
     return f" (did you mean {names[near[0]]}?)" if near else ""
 
 
-@dataclass(frozen=True)
-class _Unreadable:
-    """Stands for a YAML value that no key accepts; `what` describes it."""
+class _Unreadable(NamedTuple):
+    """Stands for a YAML value that no key accepts."""
 
     what: str
-
-
-def _printable(text: str) -> str:
-    """A name from the file, as part of one line of readable length."""
-    return text if text.isprintable() and len(text) <= 80 else _quoted(text)
 
 
 def _quoted(value: Any) -> str:
@@ -210,7 +187,8 @@ class _Reader:
         fields = {field.name: field for field in dataclasses.fields(kind)}
         if key not in fields:
             hint = _suggestion(key, section)
-            self.problems.append(f"{where}: unknown key {section}.{_printable(key)}{hint}")
+            shown = key if key.isprintable() and len(key) <= 80 else _quoted(key)
+            self.problems.append(f"{where}: unknown key {section}.{shown}{hint}")
             return
         hint = typing.get_type_hints(kind)[key]
         try:

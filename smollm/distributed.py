@@ -3,8 +3,6 @@
 On one process every function here is a no-op, so callers need no special case.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ Exit codes: 0 done; 1 a bug; 2 wrong usage or configuration; 3 input, checkpoint
 be used; 4 training diverged; 5 a directory is in use by another run; 128 + n stopped by signal n.
 """
 
-from __future__ import annotations
-
 
 class UserError(Exception):
     """An error that the user can mend.

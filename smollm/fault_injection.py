@@ -8,8 +8,6 @@ moment). The last number counts visits from 1; `3+` means the third and each lat
 can place a fault exactly between two system calls.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import signal

@@ -4,8 +4,6 @@ Sampling follows Hugging Face's order: temperature, then top-k, then top-p. A sa
 on the others of its batch.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What this machine computes with: device, dtype, attention kernel, and its peak speed."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import os

@@ -4,8 +4,6 @@ All randomness of a run comes from generators seeded by `derive_seed`. The globa
 seeded, saved and restored as well, since a library may draw from them.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import random

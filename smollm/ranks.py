@@ -4,8 +4,6 @@ Several processes come from torchrun (https://docs.pytorch.org/docs/stable/elast
 sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Mapping

@@ -12,11 +12,11 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from torch import Tensor
 
-import forked
 import model as models
 from smollm.config import ModelConfig
 from smollm.config_reader import load

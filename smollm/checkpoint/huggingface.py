@@ -3,8 +3,6 @@
 https://huggingface.co/docs/transformers/model_doc/starcoder2 is the architecture.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from smollm.checkpoint import store

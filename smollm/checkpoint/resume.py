@@ -1,7 +1,5 @@
 """Which checkpoint a run starts from, and whether it may go on from there. Imports no torch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ The names in training_state.safetensors are `optimizer.<slot>.<parameter>` and `
 do not depend on the number of processes, so a run resumes on another one.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator
 

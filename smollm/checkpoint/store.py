@@ -305,14 +305,10 @@ def read_trainer_state(directory: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def lock(root: Path, log: Callable[[str], None]) -> Iterator[None]:
-    """Hold `root` for this run, made if need be, and sweep what earlier processes left there.
-
-    Of a torchrun, rank 0 holds it for all.
+    """Hold `root` for this run, by rank 0; made if need be, and swept (see `atomic.hold`).
 
     Raises:
         CheckpointError: it lies in a checkpoint.
-        ResourceError: it cannot be made or written.
-        LockedError: another run holds it.
     """
     if not ranks.is_main():
         yield

@@ -1,7 +1,5 @@
 """Writes checkpoints in a thread while training continues."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Callable
@@ -13,6 +11,7 @@ from smollm.checkpoint.store import Checkpoint
 from smollm.config import CheckpointConfig
 from smollm.errors import CheckpointError, UserError
 
+OnSaved = Callable[[Checkpoint, Path, int, float], None]
 ATTEMPTS = 3  # at writing, when the error may be transient; with pauses of 1 and 2 seconds
 
 
@@ -23,18 +22,12 @@ class Writer:
     `wait(final=True)` raises it. Any other error is a bug; the next `wait` raises it.
 
     Args:
-        root: the save_dir.
-        log: takes a line for people.
         on_saved: called from the thread with a checkpoint that is on the disk, its directory, its
             bytes, and the seconds that training waited for it.
     """
 
     def __init__(
-        self,
-        root: Path,
-        keep: CheckpointConfig,
-        log: Callable[[str], None],
-        on_saved: Callable[[Checkpoint, Path, int, float], None],
+        self, root: Path, keep: CheckpointConfig, log: Callable[[str], None], on_saved: OnSaved
     ) -> None:
         self.root, self.keep, self.log, self.on_saved = root, keep, log, on_saved
         self.thread: threading.Thread | None = None
@@ -52,11 +45,7 @@ class Writer:
         self.thread.start()
 
     def wait(self, final: bool = False) -> None:
-        """Wait for the write in progress, if any.
-
-        Raises:
-            CheckpointError: `final`, and the last checkpoint could not be written.
-        """
+        """Wait for the write in progress; CheckpointError if `final` and the last one failed."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None

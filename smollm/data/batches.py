@@ -3,8 +3,6 @@
 A batch is a pure function of (seed, step), the same on any number of processes.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator
 

@@ -5,8 +5,6 @@ out, cut at a document boundary where there is one. The text is read as a stream
 grow with it.
 """
 
-from __future__ import annotations
-
 import bisect
 import codecs
 import io

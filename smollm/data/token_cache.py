@@ -5,8 +5,6 @@ Each directory of the cache is named by a hash of what it was made from, and is 
 The text is read, tokenized and written as a stream on all cores.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass

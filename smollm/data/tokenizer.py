@@ -1,7 +1,5 @@
 """Tokenizers: GPT-2's, one learned from the text, or any tokenizer.json."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """metrics.jsonl, the record of a run: one JSON object a line, each step once even after resumes."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -22,13 +20,7 @@ def perplexity(loss: float) -> float:
 
 
 class Metrics:
-    """Appends events to metrics.jsonl, which is cut back to the resumed step at a start.
-
-    Args:
-        path: of metrics.jsonl.
-        step: the step that the run resumes from; 0 for a fresh one.
-        run_id: a file of another run is renamed, not appended to.
-        log: takes a line for people.
+    """Appends events to metrics.jsonl, cut back to the resumed step; another run's is renamed.
 
     Raises:
         ResourceError: the directory cannot be written.

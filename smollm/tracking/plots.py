@@ -1,7 +1,5 @@
 """The plots and samples.txt of a run, drawn from its events in metrics.jsonl."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Where the events of a run are shown: console, log file, metrics.jsonl, plots and W&B."""
 
-from __future__ import annotations
-
 import logging
 import os
 import sys
@@ -49,10 +47,7 @@ class _LogFile(RotatingFileHandler):
 
 
 def start_logging(log_dir: Path | None, phase: int) -> logging.Logger:
-    """The run's logger: console, and log_dir/phase<N>.log with times; errors alone above rank 0.
-
-    Args:
-        log_dir: None for a run that writes nothing: the console alone.
+    """The run's logger: the console and, where log_dir is given, log_dir/phase<N>.log with times.
 
     Raises:
         ResourceError: the directory cannot be made or written.
@@ -126,23 +121,15 @@ class Tracker:
     """Takes the events of a run and shows them everywhere.
 
     Args:
-        log_dir: for metrics.jsonl, plots and W&B's files; None where nothing is written, as on
-            ranks above 0: every method then does nothing but log.
-        step: the step that the run resumes from; 0 for a fresh one.
-        last: the step that it goes to.
-        hurry: whether somebody waits for the end (a signal came).
+        log_dir: for metrics.jsonl, plots and W&B's files; None: nothing is written but log lines.
+        step, last: the steps that the run goes on from and goes to.
+        hurry: whether a signal asked for the end.
     """
 
     def __init__(
-        self,
-        config: Config,
-        log_dir: Path | None,
-        logger: logging.Logger,
-        run_id: str,
-        step: int,
-        last: int,
-        hurry: Callable[[], bool],
-    ) -> None:
+        self, config: Config, log_dir: Path | None, logger: logging.Logger, run_id: str,
+        step: int, last: int, hurry: Callable[[], bool],
+    ) -> None:  # fmt: skip
         self.log_dir, self.logger, self.last = log_dir, logger, last
         self.bar: tqdm | None = None
         if log_dir is None:

@@ -8,8 +8,6 @@ WANDB_PROJECT, WANDB_WATCH and WANDB_LOG_MODEL are read: one that differs from t
 value, which env.sh exports, wins over the configuration.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import netrc
 import os
@@ -29,6 +27,7 @@ INIT_SECONDS = 30  # to reach the server at the start
 FINISH_SECONDS = 45  # to hand over what is left at the end
 HURRY_SECONDS = 10  # the same when a signal asked for the end
 _ID_FILE = "wandb_run_id"  # in save_dir and in log_dir
+Log = Callable[[str], None]
 _SPECIFIED = {"project": "smollm2-training", "watch": "gradients", "log_model": "true"}
 _WORDS = {"end": "true", "checkpoint": "all"}  # WANDB_LOG_MODEL as the HF Trainer spells it
 
@@ -88,23 +87,16 @@ def write_id(directory: Path, run_id: str) -> None:
 
 
 class WandbRun:
-    """One W&B run, the same across phases and resumes by its id.
+    """One W&B run: an existing run of the same id is continued.
 
     Args:
-        config: the whole configuration, shown in W&B.
-        run_id: of the run; an existing run of that id is continued.
         directory: where W&B writes its files (`directory`/wandb).
         log: takes a line for people.
-        hurry: whether somebody waits for the end (a signal came).
+        hurry: whether a signal asked for the end.
     """
 
     def __init__(
-        self,
-        config: Config,
-        run_id: str,
-        directory: Path,
-        log: Callable[[str], None],
-        hurry: Callable[[], bool],
+        self, config: Config, run_id: str, directory: Path, log: Log, hurry: Callable[[], bool]
     ) -> None:
         self.config = config
         self.settings = settings(config.wandb)
@@ -199,47 +191,44 @@ class WandbRun:
                 values.update({f"{kind}/{key}/{name}": number for name, number in value.items()})
         self.put(lambda run: run.log(values))
 
-    def samples(self, step: int, samples: list[dict[str, Any]]) -> None:
-        """The table of all samples so far, and the distribution of their lengths."""
-        columns = ("step", "prompt", "text", "generated_tokens", "perplexity", "seconds")
-        rows = [[sample[column] for column in columns] for sample in samples]
+    def media(self, step: int, make: Callable[[Any], dict[str, Any]]) -> None:
+        """Log what `make(wandb)` returns, made in the thread: tables, histograms, pictures."""
 
         def job(run: Any) -> None:
             import wandb
 
-            table = wandb.Table(columns=list(columns), data=rows)
-            lengths = wandb.Histogram([row[3] for row in rows])
-            run.log({"step": step, "samples": table, "sample_lengths": lengths})
+            run.log({"step": step, **make(wandb)})
 
         self.put(job)
+
+    def samples(self, step: int, samples: list[dict[str, Any]]) -> None:
+        """The table of all samples so far, and the distribution of their lengths."""
+        columns = ["step", "prompt", "text", "generated_tokens", "perplexity", "seconds"]
+        rows = [[sample[column] for column in columns] for sample in samples]
+        self.media(
+            step,
+            lambda wandb: {
+                "samples": wandb.Table(columns=columns, data=rows),
+                "sample_lengths": wandb.Histogram([row[3] for row in rows]),
+            },
+        )
 
     def images(self, step: int, paths: list[Path]) -> None:
         """The plots."""
-
-        def job(run: Any) -> None:
-            import wandb
-
-            pictures = {f"plots/{path.stem}": wandb.Image(str(path)) for path in paths}
-            run.log({"step": step, **pictures})
-
-        self.put(job)
+        self.media(step, lambda wandb: {f"plots/{p.stem}": wandb.Image(str(p)) for p in paths})
 
     def histograms(self, step: int, values: dict[str, tuple[list[int], list[float]]]) -> None:
         """Histograms by name: (counts, edges), one edge more than counts."""
-
-        def job(run: Any) -> None:
-            import wandb
-
-            made = {k: wandb.Histogram(np_histogram=pair) for k, pair in values.items()}
-            run.log({"step": step, **made})
-
-        self.put(job)
+        self.media(
+            step,
+            lambda wandb: {k: wandb.Histogram(np_histogram=pair) for k, pair in values.items()},
+        )
 
     def artifact(
         self, name: str, kind: str, paths: dict[str, Path], aliases: list[str] | None = None
     ) -> None:
         """Files as an artifact, each under its name there; read in place, without copies."""
-        large = kind == "model"
+        policy = "immutable" if kind == "model" else "mutable"
 
         def job(run: Any) -> None:
             import wandb
@@ -247,10 +236,8 @@ class WandbRun:
             artifact = wandb.Artifact(f"{name}-{self.run_id}", type=kind)
             for entry, path in paths.items():
                 if path.exists():  # retention may have removed it meanwhile
-                    policy = "immutable" if large else "mutable"
-                    artifact.add_file(
-                        str(path.resolve()), name=entry, skip_cache=True, policy=policy
-                    )
+                    real = str(path.resolve())
+                    artifact.add_file(real, name=entry, skip_cache=True, policy=policy)
             run.log_artifact(artifact, aliases=aliases)
 
         self.put(job)

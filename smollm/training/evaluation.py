@@ -1,7 +1,5 @@
 """The loss on the held-out text, and histograms of a model's tensors."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 

@@ -1,20 +1,11 @@
-"""What a command asks for, and the run that answers it. Imports no torch before it must."""
+"""What a command asks for. Imports no torch."""
 
-from __future__ import annotations
-
-import contextlib
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from smollm import atomic, fault_injection, ranks
+from smollm import ranks
 from smollm.config import Config
 from smollm.signals import StopSignals
-
-if TYPE_CHECKING:
-    from smollm.training.run import Run
 
 
 @dataclass(frozen=True)
@@ -35,20 +26,3 @@ class Job:
     def writes(self) -> bool:
         """Whether this process writes checkpoints and logs."""
         return ranks.is_main() and not self.dry_run
-
-
-@contextlib.contextmanager
-def open_run(job: Job) -> Iterator[Run]:
-    """Set a run up to be trained in this context; on exit it is saved and its tracking is ended.
-
-    Raises:
-        UserError: of any kind, from the set-up or from the training.
-    """
-    same = os.path.realpath(job.log_dir) == os.path.realpath(job.save_dir)  # is held already
-    with contextlib.ExitStack() as stack:
-        if job.writes and not same:
-            stack.enter_context(atomic.hold(job.log_dir, "--log_dir"))
-        fault_injection.point("start.import")
-        from smollm.training import setup  # imports torch: after all that is checked without it
-
-        yield stack.enter_context(setup.running(job))

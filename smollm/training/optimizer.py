@@ -1,7 +1,5 @@
 """The optimizer, its learning rate, and how a step's sequences are divided."""
 
-from __future__ import annotations
-
 import math
 
 import torch

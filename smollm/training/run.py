@@ -1,7 +1,5 @@
 """A run in progress: what the training loop works on, and what it does between two steps."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools
@@ -59,12 +57,7 @@ class Progress:
 
 
 class Stopwatch:
-    """Time spent in steps, without what happens inside `pause`.
-
-    Args:
-        earlier: seconds that the run took before this process.
-        step: the step that it goes on from.
-    """
+    """Time spent in steps; `earlier` are the seconds that the run took before this process."""
 
     def __init__(self, earlier: float, step: int) -> None:
         self.started = self.lap_started = time.monotonic()
@@ -191,8 +184,7 @@ class Run:
         peak = hardware.peak_flops(self.hardware.device)
         flops = tokens_per_second * self.flops_per_token
         self.tracker.event(
-            "train",
-            progress.step,
+            "train", progress.step,
             loss=result.loss,
             perplexity=perplexity(result.loss),
             learning_rate=learning_rate(progress.step, config.training),
@@ -203,7 +195,7 @@ class Run:
             mfu=flops / (peak * ranks.world_size()) if peak else None,
             peak_memory_gib=hardware.peak_memory_gib(self.hardware.device),
             elapsed_seconds=self.stopwatch.elapsed(),
-        )
+        )  # fmt: skip
         clipped_by = max(1.0, result.grad_norm / config.training.max_grad_norm)
         norms = steps.layer_norms(self.model, clipped_by)
         self.tracker.event("gradients", progress.step, norms=norms)
@@ -217,13 +209,9 @@ class Run:
         fault_injection.point("evaluate")
         started = time.monotonic()
         batches = validation_batches(
-            self.corpus.validation,
-            self.config.data.sequence_length,
-            self.train_step.micro_batch,
-            IGNORE_INDEX,
-            ranks.rank(),
-            ranks.world_size(),
-        )
+            self.corpus.validation, self.config.data.sequence_length, self.train_step.micro_batch,
+            IGNORE_INDEX, ranks.rank(), ranks.world_size(),
+        )  # fmt: skip
         with self.stopwatch.pause():
             found = evaluate(self.model, batches, self.hardware.device, self.interrupted)
             if found is None:
@@ -233,13 +221,9 @@ class Run:
             if progress.best_val_loss is None or found.loss < progress.best_val_loss:
                 progress.best_val_loss, progress.best_step = found.loss, progress.step
             self.tracker.event(
-                "eval",
-                progress.step,
-                val_loss=found.loss,
-                val_perplexity=perplexity(found.loss),
-                val_tokens=found.tokens,
-                seconds=time.monotonic() - started,
-            )
+                "eval", progress.step, val_loss=found.loss, val_perplexity=perplexity(found.loss),
+                val_tokens=found.tokens, seconds=time.monotonic() - started,
+            )  # fmt: skip
             if progress.step > 0 and (values := histograms(self.model, self.tracker.watched)):
                 self.tracker.wandb.histograms(progress.step, values)
         return not self.interrupted()
@@ -254,12 +238,9 @@ class Run:
             device, dtype = self.hardware.device, self.hardware.dtype
             model = CausalLM(self.config.model, dtype).to(device, dtype).eval()
             model.load_state_dict(weights)
-            step = self.progress.step
+            step, settings = self.progress.step, self.config.generation
             seed = derive_seed(self.config.training.seed, step, "sample")
-            samples = generation.generate(
-                model, self.corpus.tokenizer, self.config.generation, seed
-            )
-            for sample in samples:
+            for sample in generation.generate(model, self.corpus.tokenizer, settings, seed):
                 self.tracker.event("sample", step, **dataclasses.asdict(sample))
 
     def draw(self) -> None:
@@ -308,12 +289,9 @@ class Run:
             self.progress.elapsed_seconds = self.stopwatch.elapsed()
             fault_injection.point("save.copied")
             saved = store.Checkpoint(
-                step=self.progress.step,
-                weights=weights,
-                training_state=training_state,
-                trainer_state=self._trainer_state(),
-                documents=self._documents(),
-            )
+                self.progress.step, weights, training_state, self._trainer_state(),
+                self._documents(),
+            )  # fmt: skip
             self.writer.save(saved, stall_seconds=time.monotonic() - began)
 
     def _trainer_state(self) -> dict[str, Any]:
@@ -342,12 +320,9 @@ class Run:
         pad = tokenizer.token_to_id(tokenizers.PAD)
         config = huggingface.config_json(self.config.model, end, pad)
         card = huggingface.model_card(
-            progress.step,
-            self.parameters.total,
-            progress.tokens,
-            progress.best_val_loss,
+            progress.step, self.parameters.total, progress.tokens, progress.best_val_loss,
             progress.best_step,
-        )
+        )  # fmt: skip
         documents = huggingface.model_documents(
             config, self.config.generation, tokenizer.to_str(), tokenizer.id_to_token(end)
         )

@@ -1,7 +1,5 @@
 """From a job to a Run: its parts are made in an order that finds errors early."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import logging
@@ -104,7 +102,7 @@ def set_up(job: Job, logger: logging.Logger, corpus: Corpus | None = None) -> Ru
         wandb_run.write_id(job.save_dir, run_id)
     tracker = Tracker(
         config, job.log_dir if job.writes else None, logger, run_id, progress.step, job.last,
-        lambda: job.stop.number != 0,
+        hurry=lambda: job.stop.number != 0,
     )  # fmt: skip
 
     def report_saved(checkpoint: store.Checkpoint, path: Path, size: int, stall: float) -> None:

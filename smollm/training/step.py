@@ -1,7 +1,5 @@
 """One optimizer step: accumulate gradients, guard against non-finite numbers, clip, update."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 
