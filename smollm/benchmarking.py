@@ -383,7 +383,7 @@ def _trainer_options(
 
 
 def environment(config: Config, arguments: argparse.Namespace) -> Result:
-    """The machine and the versions; finds what the configuration asks for in vain."""
+    """The machine and the versions; what the configuration cannot have here is an error."""
     machine, length = hardware.choose(config), config.data.sequence_length
     micro_batch_size(config, 1)
     versions = {

@@ -87,7 +87,7 @@ cli.execute(main)
 
 
 def start_prepare(tmp_path: Path, path: Path, *overrides: str, **environment: str):
-    """data.prepare in a Python of its own, with its errors as a door prints them."""
+    """token_cache.prepare in a Python of its own, with its errors as a command prints them."""
     (tmp_path / "empty.yaml").touch()
     words = [
         "model.vocab_size=512",

@@ -390,7 +390,7 @@ COMMAND_LINES = {
 
 @pytest.mark.parametrize("case", COMMAND_LINES)
 def test_a_wrong_command_line_exits_2_at_once(tmp_path, case):
-    """F1 through the door: exit 2, `error:`, no traceback, before torch is imported."""
+    """F1 through the command: exit 2, `error:`, no traceback, before torch is imported."""
     content, words = COMMAND_LINES[case]
     if content is not None:
         words = ["--config", str(write(tmp_path, content)), *words]
@@ -411,7 +411,7 @@ def test_a_wrong_command_line_exits_2_at_once(tmp_path, case):
     assert not (tmp_path / "save").exists()
 
 
-def test_the_doors_answer_without_torch():
+def test_the_commands_answer_without_torch():
     """What reads the command line does not import torch or NumPy, which take seconds."""
     code = (
         "import sys, train, continue_training, checkpoint, generate; "

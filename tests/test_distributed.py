@@ -110,7 +110,10 @@ def test_a_signal_during_start_up_keeps_its_exit_code(tmp_path: Path) -> None:
     """torchrun has one exit code of its own; train.sh reads rank 0's from a file."""
     write_tiny(tmp_path)
     code = tmp_path / "code"
-    stopped = torchrun(tmp_path, 2, FAULT="cache.batch:term:1", EXIT_CODE_FILE=str(code))
+    soon = {
+        "PET_SHUTDOWN_TIMEOUT": "2"
+    }  # how long torchrun leaves the rank that waits in a barrier
+    stopped = torchrun(tmp_path, 2, FAULT="cache.batch:term:1", EXIT_CODE_FILE=str(code), **soon)
     assert stopped.returncode != 0
     assert code.read_text() == "143"
 

@@ -107,7 +107,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def door(run: Path, *words: str):
+def generate(run: Path, *words: str):
     """Run generate.py on the newest checkpoint."""
     script = [sys.executable, str(ROOT / "generate.py"), "--checkpoint", "run/checkpoints/latest"]
     return call(run, [*script, *words])
@@ -116,7 +116,10 @@ def door(run: Path, *words: str):
 def test_command_line(run: Path) -> None:
     """JSON lines, seeds that repeat, prompts in turn, max_length as Hugging Face counts it."""
     words = ["--prompt", "The sea", "A", "--num_samples", "3", "--seed", "5", "--json"]
-    first, second = door(run, *words, "--max_length", "20"), door(run, *words, "--max_length", "20")
+    first, second = (
+        generate(run, *words, "--max_length", "20"),
+        generate(run, *words, "--max_length", "20"),
+    )
     assert first.returncode == 0, first.stdout
     samples = [json.loads(line) for line in first.stdout.splitlines()]
     assert [s["prompt"] for s in samples] == ["The sea", "A", "The sea"]
@@ -124,7 +127,7 @@ def test_command_line(run: Path) -> None:
     assert all(0 < s["generated_tokens"] < 20 and s["perplexity"] > 1 for s in samples)
     again = [json.loads(line) for line in second.stdout.splitlines()]
     assert [s["text"] for s in samples] == [s["text"] for s in again]
-    plain = door(run, "--seed", "5")
+    plain = generate(run, "--seed", "5")
     assert plain.returncode == 0 and "Once upon a time" in plain.stdout
 
 
@@ -143,7 +146,7 @@ def test_command_line(run: Path) -> None:
 )
 def test_command_line_errors(run: Path, words: list[str], code: int, hint: str) -> None:
     """One clear line and the right exit code."""
-    result = door(run, *words)
+    result = generate(run, *words)
     assert result.returncode == code, result.stdout
     assert hint in result.stdout and "Traceback" not in result.stdout
 

@@ -236,8 +236,8 @@ def test_a_command_leaves_without_exit_handlers() -> None:
     for end, code in (("cli.leave(3)", 3), ("raise SystemExit(3)", -signal.SIGABRT)):
         program = "import atexit, os; from smollm import cli; atexit.register(os.abort)"
         program += f"; print('done'); {end}"
-        door = call(ROOT, [sys.executable, "-c", program])
-        assert door.returncode == code
+        ended = call(ROOT, [sys.executable, "-c", program])
+        assert ended.returncode == code
     assert call(
         ROOT, [sys.executable, "-c", "from smollm import cli; print('said'); cli.leave(0)"]
     ).stdout

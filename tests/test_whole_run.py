@@ -175,12 +175,9 @@ def test_bad_input_is_one_clear_line(
     assert not list((tmp_path / "run").rglob("step_*"))
 
 
-@pytest.mark.parametrize(
-    "name", ["with space", "ünïcödé", "quote'", "-dash", "semi;colon", "$HOME"]
-)
-def test_odd_paths_work(tmp_path: Path, name: str) -> None:
-    """L3: the whole pipeline in a directory with an odd name."""
-    directory = tmp_path / name
+def test_odd_paths_work(tmp_path: Path) -> None:
+    """L3: the whole pipeline below directories with odd names."""
+    directory = tmp_path.joinpath("with space", "ünïcödé", "quote'", "-dash", "semi;colon", "$HOME")
     write_tiny(directory)
     result = run_train_sh(directory, "training.train_steps=2", "training.continue_steps=1")
     assert result.returncode == 0, result.stdout

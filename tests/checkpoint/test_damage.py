@@ -213,7 +213,7 @@ def test_a_damaged_checkpoint_can_be_saved_again(root):
 
 
 def test_all_damaged_is_never_a_silent_fresh_start(root):
-    """C3 through the door: --resume auto with only damaged checkpoints exits 3 and names them."""
+    """C3 through train.py: --resume auto with only damaged checkpoints exits 3, naming them."""
     for step in (10, 20):
         zero_page(store.directory_of(root, step) / MODEL)
     words = ("--config", "config_cpu.yaml", "--save_dir", root, "--resume", "auto")

@@ -79,7 +79,7 @@ def test_planted_pickles_are_never_opened(root, tmp_path):
     assert not marker.exists()
 
 
-def test_a_hostile_checkpoint_is_refused_by_the_door(root, tmp_path):
+def test_a_hostile_checkpoint_is_refused_by_generate(root, tmp_path):
     """C4 through generate.py: exit 3, one line, nothing executed."""
     marker, newest = tmp_path / "executed", root / "step_000020"
     (newest / MODEL).write_bytes(hostile_bytes(marker, archive=True))

@@ -181,7 +181,7 @@ def test_a_directory_that_cannot_be_used_is_named_before_any_work(open_tmp, case
 
 
 @pytest.mark.parametrize("words", [("--resume", "auto"), ("--resume", "{}/step_000005"), ()])
-def test_the_door_names_a_wrong_save_dir_at_once(tmp_path, words):
+def test_train_names_a_wrong_save_dir_at_once(tmp_path, words):
     """L3 through train.py: a file in place of the directory: exit 3 within seconds."""
     (tmp_path / "file").touch()
     words = [word.format(tmp_path / "file") for word in words]

@@ -123,7 +123,7 @@ def test_verify_checks_every_file_of_every_checkpoint(root):
         (("verify", "/dev/zero"), 3, "is not a checkpoint directory"),
     ],
 )
-def test_a_wrong_use_of_the_door_is_answered_at_once(words, code, fragment):
+def test_a_wrong_use_of_the_command_is_answered_at_once(words, code, fragment):
     """`checkpoint.py`: 2 for usage, 3 for what is no checkpoint; one line; torch is not waited
     for."""
     began = time.monotonic()
