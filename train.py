@@ -45,7 +45,7 @@ def train(run: Run) -> None:
         evaluate = run.is_due(step, training.eval_steps)
         sample = run.is_due(step, training.sample_steps)
         save = run.is_due(step, training.save_steps)
-        if not (log or evaluate or sample or save or run.looks_for_signals(step)):
+        if not (log or evaluate or sample or save or run.checks_signals(step)):
             continue
 
         result = run.read_step()

@@ -4,7 +4,8 @@ On one process every function here is a no-op, so callers need no special case.
 """
 
 import contextlib
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -42,10 +43,21 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def wait_for_main() -> None:
-    """A barrier for what rank 0 does alone and what may take hours: tokenizing a large text."""
-    if dist.is_initialized():
-        dist.barrier(dist.new_group(backend="gloo", timeout=timedelta(days=1)))
+@contextlib.contextmanager
+def main_first() -> Iterator[None]:
+    """Rank 0 runs the block, for hours if need be (it tokenizes a text); then the others do."""
+    if not dist.is_initialized():
+        yield
+        return
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    if ranks.is_main():
+        yield
+    barrier = dist.barrier(group, async_op=True)
+    while not barrier.is_completed():  # inside of `wait` Python would handle no signal
+        time.sleep(0.05)
+    barrier.wait()
+    if not ranks.is_main():
+        yield
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:

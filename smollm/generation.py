@@ -19,7 +19,7 @@ from model import CausalLM, KVCache
 from smollm import atomic
 from smollm.checkpoint import huggingface, store
 from smollm.config import GenerationConfig
-from smollm.data import tokenizer as tokenizers
+from smollm.data.tokenizer import end_token, parse
 from smollm.errors import CheckpointError, ConfigError
 from smollm.randomness import derive_seed
 from smollm.tracking.metrics import perplexity
@@ -132,7 +132,7 @@ def encode_prompts(
     Raises:
         ConfigError: a prompt leaves no room below max_length.
     """
-    end = tokenizers.end_token(tokenizer)
+    end = end_token(tokenizer)
     ids = [tokenizer.encode(text, add_special_tokens=False).ids or [end] for text in prompts]
     for text, tokens in zip(prompts, ids, strict=True):
         if len(tokens) >= settings.max_length:
@@ -155,7 +155,7 @@ def generate(
     numbers = range(settings.num_samples)
     prompts = [settings.prompts[i % len(settings.prompts)] for i in numbers]
     seeds = [derive_seed(seed, i, "sample") for i in numbers]
-    end = tokenizers.end_token(tokenizer)
+    end = end_token(tokenizer)
     ids = encode_prompts(tokenizer, prompts, settings)
     samples = []
     found = generate_ids(model, ids, settings, seeds, end)
@@ -186,5 +186,5 @@ def load(directory: Path, device: torch.device, dtype: torch.dtype) -> tuple[Cau
         SafetensorError,
     ) as error:  # fmt: skip
         raise CheckpointError(f"{directory}: is not one of our checkpoints: {error}") from error
-    tokenizer = tokenizers.parse(text, str(directory / store.TOKENIZER))
+    tokenizer = parse(text, str(directory / store.TOKENIZER))
     return model.to(device, dtype).eval(), tokenizer

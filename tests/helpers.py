@@ -11,13 +11,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import forked
 import pytest
 import torch
 from torch import Tensor
 
-import model as models
+from model import CausalLM, initialize
 from smollm.config import ModelConfig
 from smollm.config_reader import load
 from smollm.signals import StopSignals
@@ -78,10 +79,10 @@ SMALL = ModelConfig(
 )  # fmt: skip
 
 
-def small_model(seed: int = 0) -> models.CausalLM:
+def small_model(seed: int = 0) -> CausalLM:
     """A model of the shape SMALL, fp32, with seeded weights."""
-    model = models.CausalLM(SMALL)
-    models.initialize(model, torch.Generator().manual_seed(seed))
+    model = CausalLM(SMALL)
+    initialize(model, torch.Generator().manual_seed(seed))
     return model
 
 
@@ -148,14 +149,16 @@ def default_signals() -> None:
 
 
 def call(
-    directory: Path, words: list[str], timeout: float = 120, **extra: str
+    directory: Path, words: list[str], timeout: float = 120, fork: bool = True, **extra: str
 ) -> subprocess.CompletedProcess[str]:
     """Run a command in a directory; stdout and stderr together in `stdout`.
 
     A script of the project is forked from a process that has imported torch (forked.py), unless
-    variables ask for what is decided when a process starts.
+    `fork` is False or variables ask for what is decided when a process starts.
     """
-    starts = any(name.startswith(("PYTHON", "HOME", "WANDB", "DEBUG")) for name in extra)
+    starts = not fork or any(
+        name.startswith(("PYTHON", "HOME", "WANDB", "DEBUG")) for name in extra
+    )
     script = words[1:] and Path(words[1]).parent == ROOT and words[0] == sys.executable
     if script and not starts:
         return forked.run(words[1:], directory, environment(**extra), timeout)
@@ -167,7 +170,7 @@ def call(
 
 
 def train(
-    directory: Path, *arguments: str, run: str = "run", script: str = "train.py", **extra: str
+    directory: Path, *arguments: str, run: str = "run", script: str = "train.py", **extra: Any
 ) -> subprocess.CompletedProcess[str]:
     """Run train.py with the tiny configuration; see `call`."""
     return call(directory, command(script, *arguments, run=run), **extra)

@@ -17,14 +17,13 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, limit
 
-from smollm import config as configuration
 from smollm import config_reader
-from smollm.config import Config
+from smollm.config import Config, differences, from_dict, replace_training, sections, to_dict
 from smollm.errors import ConfigError
 
 KEYS = [
     (section, field.name)
-    for section, kind in configuration.sections().items()
+    for section, kind in sections().items()
     for field in dataclasses.fields(kind)
 ]
 
@@ -83,7 +82,7 @@ def assert_clear(problem: str) -> None:
 
 def assert_valid(config: Config) -> None:
     """A configuration that was accepted has every value of its declared type and range."""
-    for section, kind in configuration.sections().items():
+    for section, kind in sections().items():
         hints = typing.get_type_hints(kind)
         for field in dataclasses.fields(kind):
             value = getattr(getattr(config, section), field.name)
@@ -102,8 +101,8 @@ def assert_valid(config: Config) -> None:
                 if field.metadata["choices"]:
                     assert one in field.metadata["choices"], where
     assert config.model.hidden_size % (2 * config.model.num_attention_heads) == 0
-    json.dumps(configuration.to_dict(config), allow_nan=False)
-    assert configuration.from_dict(configuration.to_dict(config)) == config
+    json.dumps(to_dict(config), allow_nan=False)
+    assert from_dict(to_dict(config)) == config
 
 
 # --- the files of the repository -----------------------------------------------------------------
@@ -125,7 +124,7 @@ def test_defaults_are_the_specified_run(tmp_path):
 def test_config_yaml_is_the_defaults():
     """config.yaml says exactly what the code does without it."""
     config = config_reader.load(ROOT / "config.yaml")
-    assert configuration.differences(Config(), config) == []
+    assert differences(Config(), config) == []
     assert config == Config()
 
 
@@ -148,7 +147,7 @@ def test_config_cpu_yaml_names_only_what_differs():
     config = config_reader.load(ROOT / "config_cpu.yaml")
     assert_valid(config)
     assert config.tokenizer.source == "train"
-    assert configuration.differences(Config(), config)
+    assert differences(Config(), config)
     assert config.model.vocab_size < 50258
 
 
@@ -162,7 +161,7 @@ def test_overrides_win_over_the_file_and_the_last_one_wins(tmp_path):
     config = config_reader.load(path, overrides)
     assert (config.training.batch_size, config.training.seed) == (12, 7)
     assert config.wandb.name == "a=b"
-    assert configuration.differences(Config(), config) == [
+    assert differences(Config(), config) == [
         "training.batch_size: 48 -> 12",
         "training.seed: 42 -> 7",
         "wandb.name: None -> a=b",
@@ -281,7 +280,7 @@ def random_structure(rng: random.Random) -> bytes:
     """Sections and keys, right, misspelt or repeated, with values of every kind."""
     lines = []
     for _ in range(rng.randint(1, 4)):
-        section = rng.choice([*configuration.sections(), "modle", "x", "1", "?", "<<"])
+        section = rng.choice([*sections(), "modle", "x", "1", "?", "<<"])
         lines.append(f"{section}:{rng.choice(('', '', '', ' 5', ' [a]', ' {}', ' ~'))}")
         for _ in range(rng.randrange(6)):
             key = rng.choice(KEYS)[1]
@@ -307,7 +306,7 @@ def right_values(rng: random.Random) -> list[str]:
     """Overrides that are each within their key's range."""
     words = []
     for section, key in rng.sample(KEYS, 6):
-        kind = configuration.sections()[section]
+        kind = sections()[section]
         field = {field.name: field for field in dataclasses.fields(kind)}[key]
         hint, data = typing.get_type_hints(kind)[key], field.metadata
         if data["choices"]:
@@ -789,14 +788,14 @@ def test_replace_training_and_generation_flags_are_checked():
     with pytest.raises(ConfigError) as caught:
         config_reader.parse_generation({"top_k": "-1", "temperature": "hot", "top_p": "0.9"})
     assert [line.split(":")[0] for line in caught.value.problems] == ["--top_k", "--temperature"]
-    assert configuration.replace_training(Config(), train_steps=7).training.train_steps == 7
+    assert replace_training(Config(), train_steps=7).training.train_steps == 7
     assert Config().training.train_steps == 5000
 
 
 def test_a_configuration_of_another_version_can_be_read():
     """from_dict leaves out what it does not know and fills in what is missing (checkpoints)."""
-    values = configuration.to_dict(configuration.replace_training(Config(), seed=7))
+    values = to_dict(replace_training(Config(), seed=7))
     values["training"]["of_the_future"] = 1
     values["future"] = {"key": 1}
     del values["wandb"], values["model"]["attention"]
-    assert configuration.from_dict(values) == configuration.replace_training(Config(), seed=7)
+    assert from_dict(values) == replace_training(Config(), seed=7)

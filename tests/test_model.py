@@ -15,13 +15,29 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Starcoder2Config, Starcoder2ForCausalLM
 
-import model as models
+from model import (
+    IGNORE_INDEX,
+    CausalLM,
+    HeadLoss,
+    KVCache,
+    apply_rotary,
+    attention_function,
+    attention_math,
+    attention_sdpa,
+    count_parameters,
+    flops_per_token,
+    head_rows,
+    initialize,
+    linear,
+    next_token_loss,
+    rotary_table,
+)
 from smollm.checkpoint import huggingface as hf
 from smollm.config import ModelConfig
 from smollm.hardware import choose_attention
 
 
-def huggingface(model: models.CausalLM) -> Starcoder2ForCausalLM:
+def huggingface(model: CausalLM) -> Starcoder2ForCausalLM:
     """The same weights in Hugging Face's architecture."""
     config = Starcoder2Config(**hf.config_json(model.config, 0, 1))
     theirs = Starcoder2ForCausalLM(config).eval()
@@ -34,26 +50,24 @@ def test_parameter_count_is_exactly_the_specification() -> None:
     """123,654,144 parameters, 123,532,800 of them in matrices, 7,087,872 a layer."""
     config = ModelConfig()
     with torch.device("meta"):
-        model = models.CausalLM(config)
+        model = CausalLM(config)
     assert sum(p.numel() for p in model.parameters()) == 123_654_144
-    assert models.count_parameters(config) == (123_654_144, 123_532_800)
+    assert count_parameters(config) == (123_654_144, 123_532_800)
     assert sum(p.numel() for p in model.model.layers[0].parameters()) == 7_087_872
 
 
 def test_flops_are_those_of_the_arithmetic() -> None:
     """MFLOP per token at T=1024 and 2048, causal attention at half and in full."""
     config = ModelConfig()
-    found = [
-        models.flops_per_token(config, t, c) / 1e6 for t in (1024, 2048) for c in (True, False)
-    ]
+    found = [flops_per_token(config, t, c) / 1e6 for t in (1024, 2048) for c in (True, False)]
     assert found == pytest.approx([797.8, 854.4, 854.4, 967.7], abs=0.05)
 
 
 @pytest.mark.parametrize("attention", ["math", "sdpa"])
 def test_logits_and_loss_equal_hugging_face(attention: str) -> None:
     """Same weights, same logits (1e-5 in fp32), same loss and gradients."""
-    ours = models.CausalLM(SMALL, torch.float32, attention)
-    models.initialize(ours, torch.Generator().manual_seed(0))
+    ours = CausalLM(SMALL, torch.float32, attention)
+    initialize(ours, torch.Generator().manual_seed(0))
     with torch.no_grad():  # biases and norms are trivial when fresh: make them count
         for parameter in ours.parameters():
             parameter += 0.05 * torch.randn(parameter.shape)
@@ -88,7 +102,7 @@ def test_ignored_labels_and_sums() -> None:
     """IGNORE_INDEX positions count for nothing; "sum" is the mean times the predicted tokens."""
     model = small_model()
     input_ids, labels = random_batch(2)
-    labels[:, 5:] = models.IGNORE_INDEX
+    labels[:, 5:] = IGNORE_INDEX
     mean, total = model(input_ids, labels), model(input_ids, labels, reduction="sum")
     short = model(input_ids[:, :5], labels[:, :5])
     torch.testing.assert_close(mean, short)
@@ -116,13 +130,12 @@ def test_batch_rows_are_independent() -> None:
 
 def test_rotary_scores_depend_on_the_distance_only() -> None:
     """RoPE: shifting both positions leaves q . k as it was."""
-    cos, sin = models.rotary_table(64, 16, 10000.0)
+    cos, sin = rotary_table(64, 16, 10000.0)
     q, k = torch.randn(2, 1, 1, 1, 16)
 
     def score(m: int, n: int) -> float:
         turned = [
-            models.apply_rotary(x, cos[p : p + 1, None], sin[p : p + 1, None])
-            for x, p in ((q, m), (k, n))
+            apply_rotary(x, cos[p : p + 1, None], sin[p : p + 1, None]) for x, p in ((q, m), (k, n))
         ]
         return float((turned[0] * turned[1]).sum())
 
@@ -135,10 +148,10 @@ def test_key_value_cache_equals_no_cache() -> None:
     model = small_model()
     input_ids, _ = random_batch(2)
     whole = model(input_ids)
-    cache = models.KVCache(SMALL, 2, 16, input_ids.device, torch.float32)
+    cache = KVCache(SMALL, 2, 16, input_ids.device, torch.float32)
     parts = [model(input_ids[:, a:b], cache=cache) for a, b in ((0, 7), (7, 8), (8, 12), (12, 16))]
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=1e-5)
-    ragged = models.KVCache(SMALL, 2, 16, input_ids.device, torch.float32)
+    ragged = KVCache(SMALL, 2, 16, input_ids.device, torch.float32)
     model(input_ids[:, :8], cache=ragged)
     ragged.lengths = torch.tensor([5, 8])  # the first row's last three tokens never were
     step = model(torch.stack([input_ids[0, 5:6], input_ids[1, 8:9]]), cache=ragged)
@@ -202,8 +215,8 @@ def test_gradient_checkpointing_changes_no_gradient(mode: str) -> None:
 def test_dropout_is_off_in_evaluation_and_on_in_training() -> None:
     """Dropout changes training's loss, by the global generator's seed, and never evaluation's."""
     config = dataclasses.replace(SMALL, dropout=0.2)
-    model = models.CausalLM(config)
-    models.initialize(model, torch.Generator().manual_seed(0))
+    model = CausalLM(config)
+    initialize(model, torch.Generator().manual_seed(0))
     batch = random_batch(2)
     plain = small_model()(*batch).item()
     losses = []
@@ -229,19 +242,19 @@ def test_initial_weights() -> None:
 
 def test_head_is_padded_on_the_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """50,304 rows for the product on a GPU, 50,258 parameters rows; the logits do not change."""
-    assert models.head_rows(50_258, torch.device("cuda")) == 50_304
-    assert models.head_rows(50_304, torch.device("cuda")) == 50_304
-    assert models.head_rows(50_258, torch.device("cpu")) == 50_258
+    assert head_rows(50_258, torch.device("cuda")) == 50_304
+    assert head_rows(50_304, torch.device("cuda")) == 50_304
+    assert head_rows(50_258, torch.device("cpu")) == 50_258
     model, batch = small_model(), random_batch(2)
     plain = model(batch[0]).detach()
     model(*batch).backward()
     gradient = model.model.embed_tokens.weight.grad.clone()
     model.zero_grad()
-    monkeypatch.setattr(models, "head_rows", lambda rows, device: rows + -rows % 128)
+    monkeypatch.setattr("model.head_rows", lambda rows, device: rows + -rows % 128)
     logits = model(batch[0])
     assert logits.shape == (2, 16, 130)
     torch.testing.assert_close(logits, plain, atol=1e-6, rtol=1e-6)
-    models.next_token_loss(logits.flatten(0, 1), batch[1].flatten(), "mean").backward()
+    next_token_loss(logits.flatten(0, 1), batch[1].flatten(), "mean").backward()
     torch.testing.assert_close(model.model.embed_tokens.weight.grad, gradient)
 
 
@@ -251,11 +264,11 @@ def test_loss_of_bf16_logits_is_computed_in_fp32() -> None:
     logits = torch.randn(4096, 300, generator=generator).bfloat16().requires_grad_()
     labels = torch.randint(0, 300, (4096,), generator=generator)
     expected = torch.nn.functional.cross_entropy(logits.detach().double(), labels).item()
-    loss = models.next_token_loss(logits, labels, "mean")
+    loss = next_token_loss(logits, labels, "mean")
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(expected, abs=1e-6)
     with torch.no_grad():
-        assert models.next_token_loss(logits, labels, "mean").item() == loss.item()
+        assert next_token_loss(logits, labels, "mean").item() == loss.item()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -265,14 +278,14 @@ def test_the_cpu_head_is_the_head_and_the_cross_entropy(dtype: torch.dtype) -> N
     hidden = torch.randn(70, 24, generator=generator).to(dtype).requires_grad_()
     weight = torch.randn(301, 24, generator=generator).requires_grad_()
     labels = torch.randint(0, 301, (70,), generator=generator)
-    labels[::9] = models.IGNORE_INDEX
+    labels[::9] = IGNORE_INDEX
     scale = torch.randn(70, generator=generator)
     logits = (hidden @ weight.to(dtype).T).float()
     expected = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
     (expected * scale).sum().backward()
     gradients = [hidden.grad, weight.grad]
     hidden.grad = weight.grad = None
-    losses = models.HeadLoss.apply(hidden, weight, labels)
+    losses = HeadLoss.apply(hidden, weight, labels)
     assert losses.dtype == torch.float32
     torch.testing.assert_close(losses, expected, atol=2e-6, rtol=1e-6)
     total = (losses * scale).sum()
@@ -290,8 +303,8 @@ def test_few_rows_give_the_same_product(rows: int) -> None:
     """The order that generation takes on the CPU changes no number, with or without a bias."""
     layer = torch.nn.Linear(24, 40)
     x = torch.randn(rows, 24, generator=torch.Generator().manual_seed(rows)).view(1, rows, 24)
-    torch.testing.assert_close(models.linear(x, layer.weight, layer.bias), layer(x))
-    torch.testing.assert_close(models.linear(x, layer.weight), x @ layer.weight.T)
+    torch.testing.assert_close(linear(x, layer.weight, layer.bias), layer(x))
+    torch.testing.assert_close(linear(x, layer.weight), x @ layer.weight.T)
 
 
 # --- attention dispatch --------------------------------------------------------------------------
@@ -316,7 +329,7 @@ def test_flash_attention_layout(monkeypatch: pytest.MonkeyPatch, version: int) -
     module = types.ModuleType(name)
     module.flash_attn_func = flash_stand_in
     monkeypatch.setitem(sys.modules, name, module)
-    model = models.CausalLM(SMALL, torch.float32, f"flash_attn_{version}")
+    model = CausalLM(SMALL, torch.float32, f"flash_attn_{version}")
     model.load_state_dict(small_model().state_dict())
     input_ids, labels = random_batch(2)
     expected = small_model()
@@ -328,7 +341,7 @@ def test_attention_functions_agree() -> None:
     """sdpa and math on the same q, k, v."""
     q, k, v = torch.randn(3, 2, 16, 4, 8)
     torch.testing.assert_close(
-        models.attention_sdpa(q, k, v), models.attention_math(q, k, v), atol=1e-6, rtol=1e-5
+        attention_sdpa(q, k, v), attention_math(q, k, v), atol=1e-6, rtol=1e-5
     )
 
 
@@ -347,8 +360,8 @@ def test_attention_on_the_gpu(attention: str) -> None:
     device = torch.device("cuda")
     q, k, v = torch.randn(3, 2, 256, 4, 64, device=device)
     name, _ = choose_attention(attention, device, torch.bfloat16)
-    out = models.attention_function(name)(q.bfloat16(), k.bfloat16(), v.bfloat16()).float()
-    torch.testing.assert_close(out, models.attention_math(q, k, v), atol=2e-2, rtol=2e-2)
+    out = attention_function(name)(q.bfloat16(), k.bfloat16(), v.bfloat16()).float()
+    torch.testing.assert_close(out, attention_math(q, k, v), atol=2e-2, rtol=2e-2)
 
 
 @pytest.mark.gpu

@@ -40,7 +40,7 @@ def settings(config: WandbConfig) -> WandbConfig:
         text = os.environ.get(f"WANDB_{key.upper()}", "")
         text = _WORDS.get(text.lower(), text)
         choices = fields[key].metadata["choices"]
-        if text and text != specified and (choices is None or text in choices):
+        if text and text != specified and (not choices or text in choices):
             values[key] = text
     return WandbConfig(**values)
 

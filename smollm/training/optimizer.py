@@ -28,7 +28,7 @@ def learning_rate(step: int, training: TrainingConfig) -> float:
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def describe(training: TrainingConfig) -> str:
+def describe_optimizer(training: TrainingConfig) -> str:
     """The optimizer and its schedule in words."""
     return (
         f"AdamW, learning rate {training.learning_rate:g}, {training.schedule} to "

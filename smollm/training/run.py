@@ -26,21 +26,20 @@ from smollm import distributed, fault_injection, generation, hardware, ranks
 from smollm.checkpoint import huggingface, state, store
 from smollm.checkpoint.writer import Writer
 from smollm.config import Config, to_dict
-from smollm.data import tokenizer as tokenizers
 from smollm.data.batches import TokenDataset, validation_batches
 from smollm.data.token_cache import Corpus
+from smollm.data.tokenizer import PAD, end_token
 from smollm.errors import DivergedError
 from smollm.hardware import Hardware
 from smollm.randomness import derive_seed
 from smollm.tracking.metrics import perplexity
 from smollm.tracking.tracker import Tracker, duration, human
-from smollm.training import step as steps
 from smollm.training.evaluation import evaluate, histograms
 from smollm.training.job import Job
 from smollm.training.optimizer import learning_rate
-from smollm.training.step import StepResult, TrainStep
+from smollm.training.step import StepResult, TrainStep, layer_norms
 
-SIGNAL_STEPS = 8  # how often several processes look together whether one received a signal
+SIGNAL_STEPS = 8  # how often several processes find out together whether one received a signal
 
 
 @dataclass
@@ -141,8 +140,8 @@ class Run:
         """Whether what happens every so many steps, and at the end, happens after this one."""
         return step % every == 0 or step == self.job.last
 
-    def looks_for_signals(self, step: int) -> bool:
-        """Whether to read this step for a signal's sake; the same answer on every process."""
+    def checks_signals(self, step: int) -> bool:
+        """Whether to read this step in case a signal came; the same answer on every process."""
         return step % SIGNAL_STEPS == 0 if ranks.world_size() > 1 else self.interrupted()
 
     def interrupted(self) -> bool:
@@ -197,7 +196,7 @@ class Run:
             elapsed_seconds=self.stopwatch.elapsed(),
         )  # fmt: skip
         clipped_by = max(1.0, result.grad_norm / config.training.max_grad_norm)
-        norms = steps.layer_norms(self.model, clipped_by)
+        norms = layer_norms(self.model, clipped_by)
         self.tracker.event("gradients", progress.step, norms=norms)
         if not self.announced:
             left = duration((self.job.last - progress.step) * seconds)
@@ -316,8 +315,8 @@ class Run:
     def _documents(self) -> dict[str, Any]:
         """The files that make a checkpoint a Hugging Face model directory, and its model card."""
         tokenizer, progress = self.corpus.tokenizer, self.progress
-        end = tokenizers.end_token(tokenizer)
-        pad = tokenizer.token_to_id(tokenizers.PAD)
+        end = end_token(tokenizer)
+        pad = tokenizer.token_to_id(PAD)
         config = huggingface.config_json(self.config.model, end, pad)
         card = huggingface.model_card(
             progress.step, self.parameters.total, progress.tokens, progress.best_val_loss,

@@ -20,9 +20,9 @@ from smollm.errors import ResourceError, UserError
 from smollm.hardware import Hardware
 from smollm.tracking import wandb_run
 from smollm.tracking.tracker import Tracker, start_logging
-from smollm.training import optimizer as optimizers
 from smollm.training.job import Job
 from smollm.training.memory import fit_memory
+from smollm.training.optimizer import build_optimizer, describe_optimizer, micro_batch_size
 from smollm.training.run import Progress, Run, Stopwatch, model_files
 from smollm.training.step import TrainStep
 
@@ -85,12 +85,12 @@ def set_up(job: Job, logger: logging.Logger, corpus: Corpus | None = None) -> Ru
     """
     config, log = job.config, logger.info
     machine = hardware.choose(config, ranks.local_rank())
-    micro_batch = optimizers.micro_batch_size(config, ranks.world_size())
+    micro_batch = micro_batch_size(config, ranks.world_size())
     distributed.start(machine.device)
     saved = store.read(job.resume_from) if job.resume_from else None
     corpus = corpus or _open_corpus(job, saved, log)
     parallel = _build_model(config, machine, saved)
-    optimizer = optimizers.build_optimizer(parallel.model, config.training)
+    optimizer = build_optimizer(parallel.model, config.training)
     if saved:
         state.load_optimizer(parallel.model, optimizer, saved)
     dataset = TokenDataset(
@@ -135,11 +135,7 @@ def set_up(job: Job, logger: logging.Logger, corpus: Corpus | None = None) -> Ru
 def _open_corpus(job: Job, saved: store.Checkpoint | None, log: Callable[[str], None]) -> Corpus:
     """The tokenized text, made by rank 0 and opened by all; checked against the checkpoint's."""
     tokenizer_json = saved.documents[store.TOKENIZER] if saved else None
-    corpus = None
-    if ranks.is_main():
-        corpus = token_cache.prepare(job.config, job.input_file, tokenizer_json, log)
-    distributed.wait_for_main()
-    if corpus is None:
+    with distributed.main_first():
         corpus = token_cache.prepare(job.config, job.input_file, tokenizer_json, log)
     if saved:
         for line in resume.check_compatible(job.config, corpus.fingerprint, saved):
@@ -208,7 +204,7 @@ def describe(run: Run) -> list[str]:
             f"{config.data.sequence_length:,} tokens = {config.tokens_per_step:,} tokens per step",
         ),
         ("epochs", f"{epochs:,.1f} over {len(dataset.tokens):,} tokens"),
-        ("optimizer", optimizers.describe(config.training)),
+        ("optimizer", describe_optimizer(config.training)),
         ("checkpoints", f"{job.save_dir}, {size / 1e6:,.0f} MB each"),
         ("expected time", "said after the first steps"),
     ]

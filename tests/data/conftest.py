@@ -10,7 +10,7 @@ import pytest
 from helpers import ROOT
 
 from smollm.config import Config
-from smollm.data import tokenizer as tokenizers
+from smollm.data.tokenizer import learn
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def prose() -> str:
 def small_tokenizer(tmp_path_factory, prose) -> Path:
     """A tokenizer.json with 512 entries."""
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    path.write_text(tokenizers.learn(iter([prose[:100_000]]), 512).to_str(), "utf-8")
+    path.write_text(learn(iter([prose[:100_000]]), 512).to_str(), "utf-8")
     return path
 
 

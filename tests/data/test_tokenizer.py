@@ -19,8 +19,8 @@ from data_helpers import (
 from tokenizers import Tokenizer, processors
 
 from smollm.data import token_cache
-from smollm.data import tokenizer as tokenizers
 from smollm.data.documents import SEPARATOR
+from smollm.data.tokenizer import PAD
 from smollm.errors import InputError
 
 
@@ -130,7 +130,7 @@ def test_gpt2_is_fetched_once(tmp_path, settings):
     cached.write_bytes(GPT2.read_bytes())
     corpus = prepare(settings("gpt2", 50258), write(tmp_path, BODY))
     assert corpus.tokenizer.get_vocab_size() == 50258
-    assert corpus.tokenizer.token_to_id(tokenizers.PAD) == 50257
+    assert corpus.tokenizer.token_to_id(PAD) == 50257
 
 
 @pytest.mark.parametrize("content", [b"noise", b"\xff\xff"])

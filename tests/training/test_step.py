@@ -11,9 +11,8 @@ import torch
 from helpers import SMALL, random_batch, small_model
 from torch import Tensor
 
-import model as models
-from smollm import config as configuration
-from smollm.config import Config, TrainingConfig
+from model import count_parameters
+from smollm.config import Config, TrainingConfig, replace_training
 from smollm.distributed import ParallelModel
 from smollm.errors import ConfigError
 from smollm.signals import StopSignals
@@ -118,9 +117,9 @@ def test_weight_decay_on_matrices_only() -> None:
     model = small_model()
     decayed, plain = optimizer.build_optimizer(model, TrainingConfig()).param_groups
     assert decayed["weight_decay"] == 0.1 and plain["weight_decay"] == 0.0
-    assert sum(p.numel() for p in decayed["params"]) == models.count_parameters(SMALL).matrices
+    assert sum(p.numel() for p in decayed["params"]) == count_parameters(SMALL).matrices
     together = sum(p.numel() for group in (decayed, plain) for p in group["params"])
-    assert together == models.count_parameters(SMALL).total
+    assert together == count_parameters(SMALL).total
 
 
 def test_step_equals_adamw_by_its_formula() -> None:
@@ -181,7 +180,7 @@ def test_the_guard_leaves_everything_as_it_was(case: str) -> None:
 
 def test_layer_norms_are_those_before_clipping() -> None:
     """The layers' norms together are the gradient norm that the step reports."""
-    config = configuration.replace_training(Config(model=SMALL), max_grad_norm=0.01)
+    config = replace_training(Config(model=SMALL), max_grad_norm=0.01)
     train_step = make_step(4, config)
     assert train_step(1, *random_batch(4))
     norm = train_step.read().grad_norm
