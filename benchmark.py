@@ -218,7 +218,7 @@ def report(result: Result) -> Iterator[str]:
     yield f"attention   {machine['attention']}"
     allocator = [f"{k}={v}" for k, v in result["environment"].items() if k.startswith(ALLOCATOR)]
     peers = "; the peers too" if result["settings"]["same_environment"] else "; not for the peers"
-    yield f"allocator   {' '.join(allocator) + peers if allocator else 'as it comes'}"
+    yield f"allocator   {' '.join(allocator) + peers if allocator else 'default'}"
     for name, rows in ROWS.items():
         if name not in result:
             continue
@@ -285,9 +285,16 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    """The command; with --worker, one measurement in this process."""
-    StopSignals().install()
-    arguments, config = cli.parse(_parser())
+    """Measure what the command line asks for, each part in a process of its own.
+
+    With --worker, which is added for these processes, make one measurement.
+    """
+    with StopSignals():
+        return _main()
+
+
+def _main() -> int:
+    arguments, config = cli.parse(_parser(), None)
     if arguments.worker:
         answer = WORKERS[arguments.worker](config, arguments)
         (arguments.scratch / "answer.json").write_text(json.dumps(answer), encoding="utf-8")

@@ -7,8 +7,7 @@ python checkpoint.py verify checkpoints/step_005000
 
 from pathlib import Path
 
-from smollm import cli
-from smollm.atomic import MANIFEST
+from smollm import atomic, cli
 from smollm.checkpoint import store
 from smollm.config import CheckpointConfig
 from smollm.errors import CheckpointError
@@ -34,25 +33,33 @@ def list_checkpoints(root: Path) -> int:
 
 def verify(path: Path) -> int:
     """Check every file of one checkpoint, or of all in a save_dir; returns the exit code."""
-    targets = [store.directory_of(path, step) for step in store.steps(path)] or [path]
-    if targets == [path]:
-        if path.is_dir() and not (path / MANIFEST).exists():
+    path = atomic.follow(path)
+    found = store.steps(path)
+    if not found:
+        known = (path / atomic.MANIFEST).exists() or store.is_model_only(path)
+        if path.is_dir() and not known:
             raise CheckpointError(f"{path}: holds no checkpoints and is none")
         store.require_whole(path)
+        print(f"{path}: whole")
+        return 0
     bad = 0
-    for directory in targets:
+    for directory in (store.directory_of(path, step) for step in found):
         wrong = store.problem(directory)
         bad += wrong is not None
         print(f"{directory}: {'whole' if wrong is None else 'DAMAGED: ' + wrong}")
     return CheckpointError.exit_code if bad else 0
 
 
-def main() -> int:
-    """The command."""
+def main(argv: list[str] | None = None) -> int:
+    """List or verify checkpoints; returns the exit code.
+
+    Args:
+        argv: the words of the command line after the script's name; None: the process's own.
+    """
     parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument("action", choices=("list", "verify"))
     parser.add_argument("path", type=cli.path, help="a save_dir; for verify also one checkpoint")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     action = list_checkpoints if arguments.action == "list" else verify
     return action(arguments.path)
 

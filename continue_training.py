@@ -16,30 +16,38 @@ from smollm.training.job import Job
 from train import open_run, train
 
 
-def main() -> int:
-    """The command."""
-    stop = StopSignals().install()
+def main(argv: list[str] | None = None) -> int:
+    """Run phase 2; returns the exit code.
+
+    Args:
+        argv: the words of the command line after the script's name; None: the process's own.
+    """
     parser = cli.training_parser(__doc__)
-    parser.add_argument("--start_step", type=cli.positive_integer, metavar="N")
-    arguments, config = cli.parse(parser, "continue_steps")
-    save_dir, first = arguments.save_dir, arguments.start_step or config.training.train_steps
-    last = first + config.training.continue_steps
-    if last > LAST_STEP:
-        raise ConfigError(f"--start_step {first}: the last step, {last}, is over {LAST_STEP}")
-    with store.lock(save_dir, cli.warn):
-        resume_from = resume.find_continuation(save_dir, first, last, cli.warn)
-        start = store.directory_of(save_dir, first)
-        cli.say(f"phase 1 is complete: {start} is whole (every sha256 agrees)")
-        if complete := resume.completion(resume_from, 2, last):
-            cli.say(complete)
-            return 0
-        config = resume.with_schedule_of(config, resume_from)
-        job = Job(
-            config, 2, arguments.input_file, save_dir, arguments.log_dir, last, resume_from, stop
-        )
-        with open_run(job) as run:
-            train(run)
-        return run.exit_code
+    parser.add_argument(
+        "--start_step", type=cli.positive_integer, metavar="N",
+        help="the last step of phase 1 (training.train_steps)",
+    )  # fmt: skip
+    with StopSignals() as stop:
+        arguments, config = cli.parse(parser, argv, "continue_steps")
+        save_dir, first = arguments.save_dir, arguments.start_step or config.training.train_steps
+        last = first + config.training.continue_steps
+        if last > LAST_STEP:
+            raise ConfigError(f"--start_step {first}: the last step, {last}, is over {LAST_STEP}")
+        with store.lock(save_dir, cli.warn):
+            start = resume.require_start(save_dir, first)
+            cli.say(f"phase 1 is complete: {start} is whole (every sha256 agrees)")
+            resume_from = resume.find_continuation(start, first, last, cli.warn)
+            if complete := resume.completion(resume_from, 2, last):
+                cli.say(complete)
+                return 0
+            job = Job(
+                config=resume.with_schedule_of(config, resume_from), phase=2,
+                input_file=arguments.input_file, save_dir=save_dir, log_dir=arguments.log_dir,
+                last=last, resume_from=resume_from, stop=stop,
+            )  # fmt: skip
+            with open_run(job) as run:
+                train(run)
+            return run.exit_code
 
 
 if __name__ == "__main__":

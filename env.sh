@@ -1,36 +1,61 @@
 # Sourced by train.sh and tests/run.sh: the Python environment and the environment variables.
 # By hand: `source env.sh`, then `python train.py ...`
 #
-# The active Python environment is used when it has what REQUIREMENTS asks for; else .venv is made
-# and filled, again when the requirements change. NO_INSTALL=1 takes the active one as it is.
+# An active Python environment is used when it has at least the minimum versions that REQUIREMENTS
+# names (an image's own PyTorch serves); else .venv is made with the exact versions, by uv where it
+# is installed, and filled again when they change. NO_INSTALL=1 takes the active one as it is.
 
 REQUIREMENTS=${REQUIREMENTS:-requirements.txt}
 _root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
+# Whether a Python has what REQUIREMENTS asks for: `exact` versions, or the `minimum` ones that
+# stand in the comments. Prints a line where the active environment differs from the exact ones.
 _has_requirements() {
-    "$1" - $REQUIREMENTS <<'PYTHON' >/dev/null 2>&1
-import sys
-from importlib.metadata import version
+    "$1" - "$2" $REQUIREMENTS <<'PYTHON' 2>/dev/null
+import re, sys
+from importlib.metadata import PackageNotFoundError, version
 
-for name in sys.argv[1:]:
+def numbers(text):
+    return [int(part) for part in re.findall(r"\d+", text.partition("+")[0])]
+
+mode, others = sys.argv[1], []
+for name in sys.argv[2:]:
     for line in open(name):
-        package, exact, wanted = line.partition("#")[0].strip().partition("==")
-        if package and version(package).partition("+")[0] != wanted:
-            sys.exit(1)
+        line, _, comment = line.partition("#")
+        package, _, wanted = line.partition(";")[0].strip().partition("==")
+        marker = re.search(r'python_version (<|>=) "3\.(\d+)"', line)
+        if not package or (marker and (sys.version_info[1] < int(marker[2])) != (marker[1] == "<")):
+            continue
+        least = re.search(r"minimum (\S+)", comment)
+        try:
+            found = version(package)
+        except PackageNotFoundError:
+            if mode == "exact" or not least or least[1] != "none":
+                sys.exit(1)
+            others.append(f"no {package}")
+            continue
+        if found.partition("+")[0] != wanted:
+            if mode == "exact" or not least:
+                sys.exit(1)
+            if least[1] != "none" and numbers(found) < numbers(least[1]):
+                sys.exit(1)
+            others.append(f"{package} {found}")
+if others:
+    print("using the active Python environment:", ", ".join(others))
 PYTHON
 }
 
 _make_environment() {
     local python
     python=$(command -v python || command -v python3) || {
-        echo "error: there is no python on this machine; install Python 3.10 to 3.13" >&2
+        echo "error: there is no python on this machine; install Python 3.10 to 3.14" >&2
         return 3
     }
-    if [ "${NO_INSTALL:-0}" = 1 ] || _has_requirements "$python"; then
+    if [ "${NO_INSTALL:-0}" = 1 ] || _has_requirements "$python" minimum; then
         PYTHON=$python
         return 0
     fi
-    if ! _has_requirements .venv/bin/python; then
+    if ! _has_requirements .venv/bin/python exact; then
         # One at a time: several nodes of a cluster may start in one directory.
         (
             if command -v flock >/dev/null; then flock 9; fi
@@ -42,22 +67,28 @@ _make_environment() {
 }
 
 _fill_environment() {
-    local python=$1 version
+    local python=$1 version file files=() uv=""
+    ! command -v uv >/dev/null || uv=1
     if [ ! -x .venv/bin/python ]; then
         version=$("$python" -c 'import sys
 print("%d.%d" % sys.version_info[:2])
-sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))') || {
-            echo "error: $python is Python $version, and 3.10 to 3.13 is needed; activate one" >&2
+sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))') || {
+            echo "error: $python is Python $version, and 3.10 to 3.14 is needed; activate one" >&2
             return 3
         }
         echo "making the Python environment .venv"
-        "$python" -m venv .venv || return 3
+        if [ -n "$uv" ]; then
+            uv venv --quiet --python "$python" .venv || return 3
+        else
+            "$python" -m venv .venv || return 3
+        fi
     fi
-    if ! _has_requirements .venv/bin/python; then
+    if ! _has_requirements .venv/bin/python exact; then
         echo "installing $REQUIREMENTS into .venv"
-        local file files=()
         for file in $REQUIREMENTS; do files+=(-r "$file"); done
-        .venv/bin/python -m pip install --quiet "${files[@]}" || {
+        local install=(.venv/bin/python -m pip install)
+        [ -z "$uv" ] || install=(uv pip install --python .venv/bin/python)
+        "${install[@]}" --quiet "${files[@]}" || {
             echo "error: the installation failed (no network?); NO_INSTALL=1 uses the active" \
                 "Python environment as it is" >&2
             return 3

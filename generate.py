@@ -17,7 +17,7 @@ import secrets
 import sys
 from typing import TYPE_CHECKING
 
-from smollm import cli
+from smollm import atomic, cli
 from smollm.checkpoint import store
 from smollm.config import GenerationConfig
 from smollm.config_reader import parse_generation
@@ -27,12 +27,13 @@ if TYPE_CHECKING:
     from smollm.generation import Sample
 
 
-def _parse_arguments() -> argparse.Namespace:
+def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", type=cli.path, required=True, help="a checkpoint directory")
     parser.add_argument(
-        "--prompt", type=cli.text, nargs="+", metavar="TEXT", help="sample i takes text i mod n"
-    )
+        "--prompt", type=cli.text, nargs="+", action="extend", metavar="TEXT",
+        help="sample i takes text i mod n; each gets at least one (--prompt=-x begins with a -)",
+    )  # fmt: skip
     parser.add_argument("--max_length", help="tokens, prompt and continuation together (100)")
     parser.add_argument("--temperature", help="0 takes the most likely token (1.0)")
     parser.add_argument("--top_k", help="0 is off (50)")
@@ -40,7 +41,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num_samples", help="(3)")
     parser.add_argument("--seed", type=int, help="repeats the same samples; default: a new one")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def _samples(arguments: argparse.Namespace, settings: GenerationConfig, seed: int) -> list[Sample]:
@@ -57,20 +58,27 @@ def _samples(arguments: argparse.Namespace, settings: GenerationConfig, seed: in
     return generation.generate(model, tokenizer, settings, seed)
 
 
-def main() -> int:
-    """The command."""
-    arguments = _parse_arguments()
+def main(argv: list[str] | None = None) -> int:
+    """Print samples from a checkpoint; returns the exit code.
+
+    Args:
+        argv: the words of the command line after the script's name; None: the process's own.
+    """
+    arguments = _parse_arguments(argv)
     names = ("max_length", "temperature", "top_k", "top_p", "num_samples")
     given = {name: getattr(arguments, name) for name in names}
     settings = parse_generation({k: v for k, v in given.items() if v is not None})
     if arguments.prompt:
         settings = dataclasses.replace(settings, prompts=tuple(arguments.prompt))
-    store.require_whole(arguments.checkpoint)
+    arguments.checkpoint = atomic.follow(arguments.checkpoint)
+    if not store.is_model_only(arguments.checkpoint):
+        store.require_whole(arguments.checkpoint)
     seed = arguments.seed if arguments.seed is not None else secrets.randbelow(2**31)
     samples = _samples(arguments, settings, seed)
     for sample in samples:
         if arguments.json:
-            print(json.dumps({**dataclasses.asdict(sample), "seed": seed}, ensure_ascii=False))
+            ascii_only = "utf" not in (sys.stdout.encoding or "").lower()  # escaped, it stays JSON
+            print(json.dumps({**dataclasses.asdict(sample), "seed": seed}, ensure_ascii=ascii_only))
         else:
             print(
                 f"{sample.text}\n--- {sample.generated_tokens} tokens, perplexity "

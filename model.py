@@ -27,7 +27,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-FEW_ROWS = 8  # up to here the CPU takes a matrix product with the weight first
+FEW_ROWS = 8  # up to here the CPU computes weight @ x.T, which oneDNN does faster
 HEAD_MULTIPLE = 128  # rows of the head's matrix: a multiple keeps its matrix products aligned
 IGNORE_INDEX = -100  # the label of a position that is not predicted (PyTorch's default)
 
@@ -53,7 +53,7 @@ class ModelConfig(Protocol):
 
 
 def attention_math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention by its definition; softmax in fp32. The reference for the others."""
+    """Causal softmax(q k^T / sqrt(D)) v, softmax in fp32. The reference for the others."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
     scores = (q @ k.transpose(-2, -1)).float() / math.sqrt(q.size(-1))
     future = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).triu(1)
@@ -326,7 +326,7 @@ class CausalLM(nn.Module):
 
 
 def head_rows(vocab_size: int, device: torch.device) -> int:
-    """Rows of the head's matrix product: aligned on a GPU; on the CPU a copy costs more than it."""
+    """Rows of the head's matrix product: aligned on a GPU; on the CPU the copy costs more."""
     return vocab_size if device.type == "cpu" else vocab_size + -vocab_size % HEAD_MULTIPLE
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from smollm import atomic, cli, fault_injection
 from smollm.checkpoint import resume, store
 from smollm.signals import StopSignals
+from smollm.tracking import wandb_run
 from smollm.training.job import Job
 
 if TYPE_CHECKING:
@@ -37,19 +38,19 @@ def train(run: Run) -> None:
     run.catch_up()
     for step in range(run.progress.step + 1, run.job.last + 1):
         input_ids, labels = run.batch(step)
-        if not run.train_step(step, input_ids, labels):
-            break  # a signal came between two micro-batches; nothing was changed
-        run.count_step(step)
+        taken = run.train_step(step, input_ids, labels)  # not, where a signal came in mid-step
+        if taken:
+            run.count_step(step)
 
-        log = run.is_due(step, training.logging_steps)
-        evaluate = run.is_due(step, training.eval_steps)
-        sample = run.is_due(step, training.sample_steps)
-        save = run.is_due(step, training.save_steps)
+        log = taken and run.is_due(step, training.logging_steps)
+        evaluate = taken and run.is_due(step, training.eval_steps)
+        sample = taken and run.is_due(step, training.sample_steps)
+        save = taken and run.is_due(step, training.save_steps)
         if not (log or evaluate or sample or save or run.checks_signals(step)):
             continue
 
         result = run.read_step()
-        stop = result.signal != 0
+        stop = result.signal != 0 or run.interrupted()
         if log:
             run.report(result)
         if evaluate and not stop:
@@ -58,7 +59,9 @@ def train(run: Run) -> None:
             run.sample()
         if (evaluate or sample) and not stop:
             run.draw()
-        if save or stop:  # last: what a kill cuts short before it is done again
+        # Last: a run that is killed in an evaluation or a sample repeats it. A new best is saved:
+        # the model whose loss is reported exists.
+        if save or stop or (evaluate and run.is_best):
             run.save()
         if stop:
             break
@@ -71,7 +74,8 @@ def open_run(job: Job) -> Iterator[Run]:
     Raises:
         UserError: of any kind, from the set-up or from the training.
     """
-    same = os.path.realpath(job.log_dir) == os.path.realpath(job.save_dir)  # is held already
+    wandb_run.choose_mode(wandb_run.settings(job.config.wandb))  # raises for an unknown word
+    same = os.path.realpath(job.log_dir) == os.path.realpath(job.save_dir)  # store.lock holds it
     with contextlib.ExitStack() as stack:
         if job.writes and not same:
             stack.enter_context(atomic.hold(job.log_dir, "--log_dir"))
@@ -81,31 +85,39 @@ def open_run(job: Job) -> Iterator[Run]:
         yield stack.enter_context(setup.running(job))
 
 
-def main() -> int:
-    """The command."""
-    stop = StopSignals().install()
+def main(argv: list[str] | None = None) -> int:
+    """Run phase 1; returns the exit code.
+
+    Args:
+        argv: the words of the command line after the script's name; None: the process's own.
+    """
     parser = cli.training_parser(__doc__)
-    parser.add_argument("--resume", type=cli.text, default="never", metavar="never|auto|PATH")
+    parser.add_argument(
+        "--resume", type=cli.text, default="never", metavar="never|auto|PATH",
+        help="go on from the newest checkpoint of --save_dir, or from a named one (never)",
+    )  # fmt: skip
     parser.add_argument("--dry_run", action="store_true", help="check everything, then end")
-    arguments, config = cli.parse(parser, "train_steps")
-    save_dir, log_dir, last = arguments.save_dir, arguments.log_dir, config.training.train_steps
-    if arguments.dry_run:
-        store.refuse_nested(save_dir)
-        atomic.require_usable(save_dir, "--save_dir")
-        atomic.require_usable(log_dir, "--log_dir")
-    with contextlib.nullcontext() if arguments.dry_run else store.lock(save_dir, cli.warn):
-        resume_from = resume.find_resume(save_dir, arguments.resume, cli.warn)
-        if complete := resume.completion(resume_from, 1, last):
-            cli.say(complete)
-            return 0
-        job = Job(
-            config, 1, arguments.input_file, save_dir, log_dir, last, resume_from, stop,
-            arguments.dry_run,
-        )  # fmt: skip
-        with open_run(job) as run:
-            if not job.dry_run:
-                train(run)
-        return run.exit_code
+    with StopSignals() as stop:
+        arguments, config = cli.parse(parser, argv, "train_steps")
+        save_dir, log_dir, last = arguments.save_dir, arguments.log_dir, config.training.train_steps
+        if arguments.dry_run:
+            store.refuse_nested(save_dir)
+            atomic.require_usable(save_dir, "--save_dir")
+            atomic.require_usable(log_dir, "--log_dir")
+        with contextlib.nullcontext() if arguments.dry_run else store.lock(save_dir, cli.warn):
+            resume_from = resume.find_resume(save_dir, arguments.resume, cli.warn)
+            if complete := resume.completion(resume_from, 1, last):
+                cli.say(complete)
+                return 0
+            job = Job(
+                config=config, phase=1, input_file=arguments.input_file, save_dir=save_dir,
+                log_dir=log_dir, last=last, resume_from=resume_from, stop=stop,
+                dry_run=arguments.dry_run,
+            )  # fmt: skip
+            with open_run(job) as run:
+                if not job.dry_run:
+                    train(run)
+            return run.exit_code
 
 
 if __name__ == "__main__":

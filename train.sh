@@ -18,7 +18,7 @@ cd "$(dirname "$(readlink -f "$0")")" || exit 1 # also through a link to this sc
 config="" input_file=input.txt save_dir=checkpoints log_dir=logs
 overrides=()
 # Paths are relative to where the command was typed.
-absolute() { case $1 in /*) echo "$1" ;; *) echo "$start_directory/$1" ;; esac; }
+absolute() { case $1 in /* | "~"*) echo "$1" ;; *) echo "$start_directory/$1" ;; esac; } # Python expands ~
 while [ $# -gt 0 ]; do
     case $1 in
     --config | --input_file | --save_dir | --log_dir)

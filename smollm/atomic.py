@@ -23,6 +23,9 @@ from typing import Any
 from smollm import fault_injection
 from smollm.errors import LockedError, ResourceError
 
+# What file systems answer that lack locks (Lustre, some NFS), links (exFAT, some SMB and FUSE) or
+# fsync of directories (CIFS).
+_UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
 MANIFEST = "manifest.json"
 TEMPORARY = ".tmp-"
 REPLACED = TEMPORARY + "replaced-"  # an older directory, until the new one has its name
@@ -54,6 +57,9 @@ def lock(path: Path, wait: Callable[[str], None] | None = None) -> Iterator[None
                 ) from error
             wait(f"{path.parent}: waiting for another run ({_holder(path)})")
             fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
         file.truncate(0)
         file.write(f"pid {os.getpid()} on host {socket.gethostname()}\n")
         file.flush()
@@ -137,11 +143,11 @@ def sha256(path: Path) -> str:
 
 def flush(path: Path) -> None:
     """Have the kernel write a file, or a directory's entries, to the disk (fsync)."""
-    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        _fsync(path)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED or not path.is_dir():
+            raise
 
 
 @contextlib.contextmanager
@@ -150,15 +156,68 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f"{TEMPORARY}{path.name}")
     temporary.unlink(missing_ok=True)  # of a process that was killed
     yield temporary
-    os.replace(temporary, path)
+    try:
+        os.replace(temporary, path)
+    except OSError as error:  # that names the file, not the temporary one
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def link(target: str, path: Path) -> None:
-    """Point the symbolic link `path` at `target` (relative), atomically."""
+    """Point the symbolic link `path` at `target` (relative), atomically.
+
+    Where there are no links, `path` is a text file that holds the target's name (see `follow`).
+    """
     with replacing(path) as temporary:
-        temporary.symlink_to(target)
+        try:
+            temporary.symlink_to(target)
+        except OSError as error:
+            if error.errno not in (*_UNSUPPORTED, errno.EPERM, errno.EACCES):
+                raise
+            temporary.write_text(target + "\n", encoding="utf-8")
         if path.is_dir() and not path.is_symlink():  # a copy of save_dir made it a directory
             os.rename(path, path.with_name(f"{path.name}-was-a-directory-{os.getpid()}"))
+
+
+def follow(path: Path) -> Path:
+    """The directory that `link` made `path` point at, where that is a text file; else `path`."""
+    if path.is_file() and path.stat().st_size < 256:
+        name = path.read_text("utf-8", "replace").strip()
+        if name and "/" not in name and (path.parent / name).is_dir():
+            return path.parent / name
+    return path
+
+
+def missing_features(directory: Path) -> list[str]:
+    """What the file system of `directory` lacks, and what is done instead, a line each."""
+    probe = temporary_directory(directory / "probe")
+    tries = (
+        ("links", lambda: os.symlink("nothing", probe / "link"), "latest and best are text files"),
+        ("locks", lambda: _try_lock(probe / "lock"), "do not start two runs on this directory"),
+        ("fsync of directories", lambda: _fsync(probe), "the files alone are flushed"),
+    )
+    lines = []
+    for what, attempt, instead in tries:
+        try:
+            attempt()
+        except BlockingIOError:
+            pass  # there are locks
+        except OSError as error:
+            lines.append(f"{directory}: no {what} here ({error.strerror}); {instead}")
+    shutil.rmtree(probe, ignore_errors=True)
+    return lines
+
+
+def _try_lock(path: Path) -> None:
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, value: Any) -> None:

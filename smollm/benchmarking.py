@@ -55,6 +55,12 @@ def _wait(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def _device(config: Config) -> tuple[torch.device, torch.dtype]:
+    """The device and the compute dtype that the configuration asks for."""
+    device = hardware.choose_device(config.training.device)
+    return device, hardware.choose_dtype(config.training.precision, device)
+
+
 class Clock:
     """Marks the ends of steps: on a GPU by its own clock, so that nothing has to wait."""
 
@@ -80,9 +86,13 @@ class Clock:
 
 @contextlib.contextmanager
 def _run(
-    config: Config, last: int, directory: Path, resume_from: Path | None = None
+    config: Config, last: int, directory: Path, resume_from: Path | None = None, saves: bool = True
 ) -> Iterator[Run]:
-    """A run as the program sets it up, ready to take steps, but on random token ids."""
+    """A run as the program sets it up, ready to take steps, but on random token ids.
+
+    Args:
+        saves: whether it will; the buffers for that are memory that the peers do not need.
+    """
     rows, needed = config.model.vocab_size, last * config.tokens_per_step + 1
     count = max(min(needed, 1 << 26), config.data.sequence_length + 1)
     dtype = np.uint16 if rows <= 1 << 16 else np.uint32
@@ -91,8 +101,12 @@ def _run(
         tokens, tokens[:1024], tokenizer.learn(["a text"], 258), 1, {"text_bytes": 0}
     )
     directory.mkdir(exist_ok=True)
-    job = Job(config, 1, Path("random"), directory, directory, last, resume_from, StopSignals())
+    job = Job(
+        config, 1, Path("random"), directory, directory, last, resume_from, StopSignals(),
+        dry_run=not saves,
+    )  # fmt: skip
     logger = logging.getLogger("benchmark")
+    logger.setLevel(logging.INFO)
     logger.handlers = [logging.StreamHandler(sys.stderr)]
     run = setup.set_up(job, logger, corpus)
     with hardware.step_conditions(run.hardware):
@@ -104,7 +118,7 @@ def _run(
 def train_ours(config: Config, arguments: argparse.Namespace) -> Result:
     """The steps of the training loop, which reads no numbers between them."""
     began, last = time.perf_counter(), arguments.warmup + arguments.steps
-    with _run(config, last, arguments.scratch / "run") as run:
+    with _run(config, last, arguments.scratch / "run", saves=False) as run:
         clock, waits = Clock(run.hardware.device), []
         for step in range(1, last + 1):
             asked = time.perf_counter()
@@ -233,8 +247,8 @@ def _generated(generate: Callable[[], int], device: torch.device) -> Result:
 
 def generate_ours(config: Config, arguments: argparse.Namespace) -> Result:
     """generation.generate_ids on random weights, which it leaves for the peer."""
-    machine = hardware.choose(config)
-    model = CausalLM(config.model, machine.dtype)
+    device, dtype = _device(config)
+    model = CausalLM(config.model, dtype)
     initialize(model, torch.Generator().manual_seed(config.training.seed))
     directory = arguments.scratch / "model"
     directory.mkdir(exist_ok=True)
@@ -242,7 +256,7 @@ def generate_ours(config: Config, arguments: argparse.Namespace) -> Result:
     safetensors.torch.save_file(weights, directory / store.WEIGHTS, {"format": "pt"})
     document = huggingface.config_json(config.model, None, None)
     atomic.write_json(directory / store.MODEL_CONFIG, document)
-    model = model.to(machine.device, machine.dtype).eval()
+    model = model.to(device, dtype).eval()
     prompts, new = _prompts(config)
     settings = dataclasses.replace(config.generation, max_length=len(prompts[0]) + new)
     seeds, no_end = list(range(SAMPLES)), -1  # no token is -1: every sample has its full length
@@ -251,7 +265,7 @@ def generate_ours(config: Config, arguments: argparse.Namespace) -> Result:
         found = generation.generate_ids(model, prompts, settings, seeds, no_end)
         return sum(len(continuation.ids) for continuation in found)
 
-    return _generated(generate, machine.device)
+    return _generated(generate, device)
 
 
 # --- the peers -----------------------------------------------------------------------------------
@@ -278,9 +292,8 @@ def generate_transformers(config: Config, arguments: argparse.Namespace) -> Resu
     """transformers' generate, from the same weights in the same dtype."""
     from transformers import AutoModelForCausalLM
 
-    machine = hardware.choose(config)
-    device = machine.device
-    model = AutoModelForCausalLM.from_pretrained(arguments.scratch / "model", dtype=machine.dtype)
+    device, dtype = _device(config)
+    model = AutoModelForCausalLM.from_pretrained(arguments.scratch / "model", dtype=dtype)
     model = model.to(device).eval()
     prompts, new = _prompts(config)
     input_ids = torch.tensor(prompts, device=device)
@@ -361,7 +374,7 @@ def _trainer_options(
     """TrainingArguments: our settings where it has them, nothing logged, saved or evaluated."""
     import transformers
 
-    machine, training = hardware.choose(config), config.training
+    (device, dtype), training = _device(config), config.training
     same = ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "seed")
     same += ("adam_beta1", "adam_beta2", "adam_epsilon")
     return transformers.TrainingArguments(
@@ -369,12 +382,12 @@ def _trainer_options(
         max_steps=arguments.warmup + arguments.steps,
         per_device_train_batch_size=micro_batch,
         gradient_accumulation_steps=config.sequences_per_step // micro_batch,
-        bf16=machine.dtype == torch.bfloat16,
-        use_cpu=machine.device.type == "cpu",
+        bf16=dtype == torch.bfloat16,
+        use_cpu=device.type == "cpu",
         torch_compile=compiled,
         gradient_checkpointing=training.gradient_checkpointing != "none",
         lr_scheduler_type="cosine",
-        dataloader_pin_memory=machine.device.type == "cuda",
+        dataloader_pin_memory=device.type == "cuda",
         disable_tqdm=True,
         report_to="none",
         **dict.fromkeys(("logging_strategy", "save_strategy", "eval_strategy"), "no"),

@@ -17,7 +17,7 @@ from pathlib import Path
 from smollm import ranks, signals
 from smollm.config import LAST_STEP, Config
 from smollm.config_reader import load
-from smollm.errors import ConfigError, UserError
+from smollm.errors import ConfigError, UserError, is_memory_full
 
 RANK_0_SECONDS = 10.0  # how long the other ranks leave it to rank 0 to report an error
 
@@ -32,6 +32,11 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         """Raise the problem as a ConfigError that says where help is."""
+        for word in sys.argv[1:]:  # argparse takes a value that begins with - for a flag
+            unknown = word.startswith("-") and word.split("=")[0] not in self._option_string_actions
+            if unknown and "expected at least one argument" in message:
+                flag = message.split()[1].rstrip(":")
+                message += f"; a value that begins with - is written {flag}={word}"
         raise ConfigError(f"{message} (see {self.prog} --help)")
 
 
@@ -54,8 +59,14 @@ def text(word: str) -> str:
 
 
 def path(word: str) -> Path:
-    """An argparse type: a path, in UTF-8 because logs and checkpoints have to name it."""
-    return Path(text(word))
+    """An argparse type: a path, in UTF-8 because logs and checkpoints have to name it.
+
+    `~` is the home directory, as in a shell, which does not expand it everywhere.
+    """
+    try:
+        return Path(text(word)).expanduser()
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"got {word!r}: there is no such home") from error
 
 
 def training_parser(description: str) -> ArgumentParser:
@@ -74,18 +85,19 @@ def training_parser(description: str) -> ArgumentParser:
 
 
 def parse(
-    parser: ArgumentParser, steps_key: str | None = None
+    parser: ArgumentParser, argv: list[str] | None, steps_key: str | None = None
 ) -> tuple[argparse.Namespace, Config]:
     """The command line and the configuration that it names; every problem is reported together.
 
     Args:
+        argv: the words of the command line; None: the process's own.
         steps_key: the key of the training section that --train_steps stands for, if it is a flag.
 
     Raises:
         ConfigError: something is wrong with them, or with torchrun's variables.
     """
     ranks.check(os.environ)
-    arguments, unknown = parser.parse_known_intermixed_args()
+    arguments, unknown = parser.parse_known_intermixed_args(argv)
     words = [word for word in arguments.overrides if not word.startswith("-")]
     unknown += [word for word in arguments.overrides if word.startswith("-")]
     if steps_key and arguments.train_steps is not None:
@@ -117,7 +129,8 @@ def warn(line: str) -> None:
 def execute(main: Callable[[], int]) -> None:
     """Run a command and exit with its code; an error becomes one line, without a traceback.
 
-    With DEBUG=1 in the environment the traceback is shown.
+    With DEBUG=1 in the environment the traceback is shown. Where the process is not the command's
+    own (a notebook), it ends by SystemExit and the process lives on.
     """
     _open_streams()
     try:
@@ -138,21 +151,34 @@ def execute(main: Callable[[], int]) -> None:
             f"error: {error.name} is not installed for {sys.executable}; ./train.sh installs what "
             "is needed, and `source env.sh` makes it the shell's Python"
         )
-    except OSError as error:  # the machine's answer, not a bug: no permission, a name too long
-        code = 3
-        _report(f"error: {error.filename or 'the system'}: {error.strerror or error}")
     except Exception as error:
-        code = 1
-        hint = "" if os.environ.get("DEBUG") == "1" else " (DEBUG=1 shows where; please report it)"
-        _report(f"error: this should not happen: {type(error).__name__}: {error}{hint}")
+        code = _unexpected(error)
+    if not signals.is_own_process():
+        raise SystemExit(code)
     leave(code)
+
+
+def _unexpected(error: Exception) -> int:
+    """Report an error that is none of ours: the machine's answer, or a bug; returns the code."""
+    if is_memory_full(error):
+        _report(
+            "error: this machine's memory is full; lower training.batch_size and raise "
+            f"training.gradient_accumulation_steps, or use a smaller model ({error})"
+        )
+        return 3
+    if isinstance(error, OSError):
+        _report(f"error: {error.filename or 'the system'}: {error.strerror or error}")
+        return 3
+    hint = "" if os.environ.get("DEBUG") == "1" else " (DEBUG=1 shows where; please report it)"
+    _report(f"error: this should not happen: {type(error).__name__}: {error}{hint}")
+    return 1
 
 
 def _open_streams() -> None:
     """Have a stdout and a stderr that take every line, also where they are closed or ASCII."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:  # `>&-`: the next file that is opened would take its number
+        if stream is None:  # `>&-`: the next open() would take its descriptor
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (for the whole process)
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -173,7 +199,7 @@ def _report(line: str) -> None:
         signal.signal(number, signal.SIG_DFL)
     time.sleep(RANK_0_SECONDS)
     with contextlib.suppress(OSError):
-        print(f"rank {ranks.rank()}: {line}", file=sys.stderr, flush=True)
+        print(f"rank {os.environ['RANK']}: {line}", file=sys.stderr, flush=True)
 
 
 def leave(code: int) -> None:

@@ -15,10 +15,11 @@ LAST_STEP = 999_999  # names of checkpoint directories have six digits
 
 
 def _setting(
-    default: Any, low: float | None = None, high: float | None = None, choices: tuple[str, ...] = ()
-) -> Any:
+    default: Any, low: float | None = None, high: float | None = None,
+    choices: tuple[str, ...] = (), is_path: bool = False,
+) -> Any:  # fmt: skip
     """A dataclass field with the range (inclusive) or the words that it accepts."""
-    metadata = {"minimum": low, "maximum": high, "choices": choices}
+    metadata = {"minimum": low, "maximum": high, "choices": choices, "is_path": is_path}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -43,7 +44,7 @@ class ModelConfig:
 class TokenizerConfig:
     """Where the tokenizer comes from: gpt2, train, or the path of a tokenizer.json."""
 
-    source: str = _setting("gpt2")
+    source: str = _setting("gpt2", is_path=True)
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class DataConfig:
 
     sequence_length: int = _setting(2048, 1, 2**20)
     validation_fraction: float = _setting(0.05, 1e-4, 0.5)
-    cache_dir: str = _setting(".cache")
+    cache_dir: str = _setting(".cache", is_path=True)
     allow_changed_input: bool = _setting(False)
 
 

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import difflib
 import math
+import os
 import re
 import stat
 import typing
@@ -95,15 +96,16 @@ def _expected(field: dataclasses.Field, kind: Any) -> str:
 def _parse_scalar(text: str, kind: Any) -> Any:
     """Convert one scalar's text to `kind`; raises ValueError where it is not of that kind."""
     text.encode()  # UnicodeEncodeError, a ValueError: no log or checkpoint could hold it
-    if kind == str | None and text in _NULLS:
+    is_null = text in _NULLS and not isinstance(text, _Quoted)
+    if kind == str | None and is_null:
         return None
     shape = _SHAPES.get(kind)
     # Longer than 40 is no number that a key accepts, and the pattern takes quadratic time.
     if "\0" in text or (shape and (len(text) > 40 or not shape.fullmatch(text))):
         raise ValueError(text)
-    if kind is str and text in _NULLS:
+    if kind is str and is_null:
         raise ValueError(text)
-    return text.lower() == "true" if kind is bool else kind(text) if shape else text
+    return text.lower() == "true" if kind is bool else kind(text) if shape else str(text)
 
 
 def _parse(field: dataclasses.Field, kind: Any, value: Any) -> Any:
@@ -120,6 +122,8 @@ def _parse(field: dataclasses.Field, kind: Any, value: Any) -> Any:
     low, high, choices = (field.metadata[name] for name in ("minimum", "maximum", "choices"))
     if item in (int, float) and not all(math.isfinite(n) and low <= n <= high for n in results):
         raise ValueError(value)
+    if field.metadata["is_path"]:
+        results = [os.path.expanduser(text) for text in results]  # `~`, as in a shell
     if choices:
         results = [text.lower() for text in results]
         if results[0] not in choices:
@@ -128,19 +132,27 @@ def _parse(field: dataclasses.Field, kind: Any, value: Any) -> Any:
 
 
 def _suggestion(word: str, section: str | None = None) -> str:
-    """` (did you mean ...?)`: the nearest key, by its own name, or nothing where none is near.
+    """` (did you mean ...?)`: the nearest name, or nothing where none is near.
 
     Args:
         word: an unknown section, or an unknown key of `section`.
     """
-    names = {} if section else {name: name for name in sections()}
-    for owner, kind in sections().items():
-        for field in dataclasses.fields(kind):
-            known = section or field.name == word  # a key where a section is expected: itself only
-            if known and (owner == section or field.name not in names):
-                names[field.name] = f"{owner}.{field.name}"
-    near = difflib.get_close_matches(word, names, 1, 0.7)
-    return f" (did you mean {names[near[0]]}?)" if near else ""
+    full = {
+        f"{owner}.{field.name}": field.name
+        for owner, kind in sections().items()
+        for field in dataclasses.fields(kind)
+    }
+    own = {key: name for name, key in full.items() if name.startswith(f"{section}.")}
+    near = own if section else {name: name for name in sections()}
+    elsewhere = {name: name for name in full} | {key: name for name, key in full.items()}
+    for names, cutoff in ((near, 0.65), (elsewhere, 0.75)):
+        for match in difflib.get_close_matches(word, names, 1, cutoff):
+            return f" (did you mean {names[match]}?)"
+    return ""
+
+
+class _Quoted(str):
+    """A text that was written in quotes: "null" and "" are no nulls then."""
 
 
 class _Unreadable(NamedTuple):
@@ -159,10 +171,10 @@ def _plain(node: yaml.Node) -> str | list[str] | _Unreadable:
     Looks one level deep only: aliases can make a list of lists endless.
     """
     if isinstance(node, yaml.ScalarNode) and node.tag.endswith(":str"):
-        return node.value
+        return _Quoted(node.value) if node.style in ("'", '"') else node.value
     if isinstance(node, yaml.SequenceNode) and node.tag.endswith(":seq"):
         if all(isinstance(i, yaml.ScalarNode) and i.tag.endswith(":str") for i in node.value):
-            return [item.value for item in node.value]
+            return [_plain(item) for item in node.value]
         return _Unreadable("a list of what is not plain text")
     tag = f"the tag {_quoted(node.tag)}"
     return _Unreadable("a mapping" if node.tag.endswith(":map") else tag)

@@ -23,8 +23,8 @@ class ParallelModel:
 
     model: nn.Module  # holds the parameters, perhaps sharded
     compute_loss: Callable[[Tensor, Tensor], Tensor]  # (input_ids, labels) -> mean loss
-    # A context for a backward pass, by whether its gradients are shared between processes: they
-    # need not be before the last micro-batch of a step.
+    # gradient_sync(sync): a context for a backward pass, whose gradients are reduced over the
+    # processes only if sync is true: for the last micro-batch of a step.
     gradient_sync: Callable[[bool], contextlib.AbstractContextManager]
 
 

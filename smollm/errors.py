@@ -1,4 +1,4 @@
-"""Every error that the user can mend, and the exit code that a command ends with.
+"""Errors that the user can fix, and the exit code of each.
 
 Such an error is printed as one line that says what is wrong, where, and what to do (`cli.execute`).
 Exit codes: 0 done; 1 a bug; 2 wrong usage or configuration; 3 input, checkpoint or machine cannot
@@ -7,7 +7,7 @@ be used; 4 training diverged; 5 a directory is in use by another run; 128 + n st
 
 
 class UserError(Exception):
-    """An error that the user can mend.
+    """An error that the user can fix.
 
     Args:
         message: what, where, and what to do, in one line.
@@ -65,3 +65,9 @@ class DivergedError(UserError):
     """The loss, a gradient or a weight is not a finite number."""
 
     exit_code = 4
+
+
+def is_memory_full(error: BaseException) -> bool:
+    """Whether an error says that the host's memory is full: Python's, torch's or the loader's."""
+    words = ("DefaultCPUAllocator", "can't allocate memory", "failed to map segment", "std::bad_al")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)

@@ -52,7 +52,7 @@ def select(logits: Tensor, uniform: Tensor, settings: GenerationConfig) -> Tenso
 
     Args:
         logits: (B, V) fp32.
-        uniform: (B,) numbers from [0, 1), one for each row: all the randomness there is.
+        uniform: (B,) numbers from [0, 1), one for each row: the only source of randomness.
         settings: temperature (0: the most likely token), top_k (0: off), top_p (1: off).
 
     Returns:
@@ -64,12 +64,12 @@ def select(logits: Tensor, uniform: Tensor, settings: GenerationConfig) -> Tenso
     ordered, ids = logits.topk(count, dim=-1)  # the largest first
     probabilities = (ordered / settings.temperature).softmax(dim=-1)
     cumulative = probabilities.cumsum(dim=-1)
-    # Nucleus: the fewest tokens that reach top_p, so a token counts if those before it do not.
+    # Nucleus: a token is kept if the probability before it is below top_p.
     probabilities = probabilities.masked_fill(cumulative - probabilities >= settings.top_p, 0.0)
     cumulative = probabilities.cumsum(dim=-1)
     target = uniform[:, None] * cumulative[:, -1:]
     choice = (cumulative <= target).sum(dim=-1, keepdim=True)
-    last = (probabilities > 0).sum(dim=-1, keepdim=True) - 1  # rounding must not pass the nucleus
+    last = (probabilities > 0).sum(dim=-1, keepdim=True) - 1  # rounding must not leave the nucleus
     return ids.gather(-1, choice.minimum(last)).squeeze(-1)
 
 
@@ -97,7 +97,7 @@ def generate_ids(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     uniforms = torch.stack([torch.rand(max(most_new), generator=g) for g in generators]).to(device)
     cache = KVCache(model.config, len(prompts), limit, device, model.dtype)
-    # Prompts are padded on the right: what is there is overwritten before it can be seen.
+    # Prompts are padded on the right: padding is overwritten before any query attends to it.
     padded = [prompt + [end] * (max(lengths) - len(prompt)) for prompt in prompts]
     hidden = model.model(torch.tensor(padded, device=device), model.dtype, cache)
     cache.lengths = torch.tensor(lengths, device=device)
@@ -118,28 +118,36 @@ def generate_ids(
                     result.seconds = time.perf_counter() - started
         if not unfinished:
             break
-        # A finished row is computed on at its last place; its results are ignored.
+        # Finished rows stay at their last place; their results are ignored.
         cache.lengths.clamp_(max=limit - 1)
         hidden = model.model(chosen[:, None], model.dtype, cache)[:, -1]
     return results
 
 
 def encode_prompts(
-    tokenizer: Tokenizer, prompts: Sequence[str], settings: GenerationConfig
+    tokenizer: Tokenizer, prompts: Sequence[str], settings: GenerationConfig, limit: int
 ) -> list[list[int]]:
     """Each prompt's token ids; those of an empty one are the end-of-text token.
 
+    Args:
+        limit: the tokens that the model can hold.
+
     Raises:
-        ConfigError: a prompt leaves no room below max_length.
+        ConfigError: a prompt leaves no room below max_length or in the model.
     """
     end = end_token(tokenizer)
     ids = [tokenizer.encode(text, add_special_tokens=False).ids or [end] for text in prompts]
     for text, tokens in zip(prompts, ids, strict=True):
-        if len(tokens) >= settings.max_length:
-            shown = text if len(text) <= 60 else text[:57] + "..."
+        shown = text if len(text) <= 60 else text[:57] + "..."
+        what = f"the prompt {shown!r} has {len(tokens)} tokens, and "
+        if len(tokens) >= limit:
             raise ConfigError(
-                f"the prompt {shown!r} has {len(tokens)} tokens, and generation.max_length "
-                f"{settings.max_length} counts prompt and continuation; raise it or shorten it"
+                f"{what}the model holds {limit}, the continuation included; shorten it"
+            )
+        if len(tokens) >= settings.max_length:
+            raise ConfigError(
+                f"{what}generation.max_length {settings.max_length} counts prompt and "
+                f"continuation; raise it, up to {limit}, or shorten the prompt"
             )
     return ids
 
@@ -147,24 +155,34 @@ def encode_prompts(
 def generate(
     model: CausalLM, tokenizer: Tokenizer, settings: GenerationConfig, seed: int
 ) -> list[Sample]:
-    """`num_samples` texts; sample i continues prompt i mod n with the i-th seed of `seed`.
+    """Texts, `num_samples` or one for each of n prompts; sample i continues prompt i mod n.
 
     Raises:
         ConfigError: a prompt leaves no room below max_length.
     """
-    numbers = range(settings.num_samples)
+    numbers = range(max(settings.num_samples, len(settings.prompts)))
     prompts = [settings.prompts[i % len(settings.prompts)] for i in numbers]
     seeds = [derive_seed(seed, i, "sample") for i in numbers]
     end = end_token(tokenizer)
-    ids = encode_prompts(tokenizer, prompts, settings)
+    ids = encode_prompts(tokenizer, prompts, settings, model.config.max_position_embeddings)
     samples = []
     found = generate_ids(model, ids, settings, seeds, end)
-    for prompt, new in zip(prompts, found, strict=True):
+    for prompt, prompt_ids, new in zip(prompts, ids, found, strict=True):
         words = new.ids[:-1] if new.ids[-1] == end else new.ids
-        text = prompt + tokenizer.decode(words, skip_special_tokens=True)
+        text = prompt + _continuation(tokenizer, prompt_ids, words)
         mean = -new.log_likelihood / len(new.ids)
         samples.append(Sample(prompt, text, len(new.ids), perplexity(mean), new.seconds))
     return samples
+
+
+def _continuation(tokenizer: Tokenizer, prompt: list[int], new: list[int]) -> str:
+    """The text of new tokens after a prompt's: decoded together, since decoders that write spaces
+    as prefixes (Metaspace) drop the first one of a text."""
+    before = tokenizer.decode(prompt, skip_special_tokens=True)
+    both = tokenizer.decode(prompt + new, skip_special_tokens=True)
+    if both.startswith(before):
+        return both[len(before) :]
+    return tokenizer.decode(new, skip_special_tokens=True)
 
 
 def load(directory: Path, device: torch.device, dtype: torch.dtype) -> tuple[CausalLM, Tokenizer]:

@@ -2,9 +2,11 @@
 
 import contextlib
 import gc
+import importlib.util
 import os
 import re
 import resource
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,8 +19,9 @@ from model import attention_function
 from smollm.config import Config
 from smollm.errors import ConfigError
 
-# Dense bf16 peak in FLOP/s, from NVIDIA's data sheets; the first that a GPU's name holds as a
-# word counts. Cards of a family differ: an A10G is no A10, an RTX 4090 Laptop GPU no RTX 4090.
+# Dense bf16 peak in FLOP/s, from NVIDIA's data sheets; the first entry that
+# stands in the GPU's name as a whole word. Cards of a family differ: an A10G is no A10, an RTX
+# 4090 Laptop GPU no RTX 4090.
 _PEAK_FLOPS = (
     ("B200", 2.25e15),
     ("GH200", 989.4e12),
@@ -45,6 +48,8 @@ class Hardware:
     dtype: torch.dtype  # of the computation; the weights are fp32
     attention: str  # a name that `model.attention_function` knows
     attention_reason: str  # which attention and why, in a few words
+    compile: str  # false, true or max, as `training.compile` was decided
+    compile_reason: str  # why it is not compiled, where that was wanted; else empty
     deterministic: bool
 
 
@@ -62,7 +67,30 @@ def choose(config: Config, local_rank: int = 0) -> Hardware:
     device = choose_device(training.device, local_rank)
     dtype = choose_dtype(training.precision, device)
     name, reason = choose_attention(config.model.attention, device, dtype, training.deterministic)
-    return Hardware(device, dtype, name, reason, training.deterministic)
+    compiled, why = choose_compile(training.compile, device)
+    return Hardware(device, dtype, name, reason, compiled, why, training.deterministic)
+
+
+def choose_compile(wanted: str, device: torch.device) -> tuple[str, str]:
+    """`training.compile` as false, true or max, and why not where it cannot be what was wanted.
+
+    torch.compile needs a C++ compiler on the CPU; on CUDA, Triton and the C compiler that it calls.
+
+    Raises:
+        ConfigError: it was asked for by name and cannot be done.
+    """
+    on_gpu = device.type == "cuda"
+    if wanted == "false" or (wanted == "auto" and not on_gpu):
+        return "false", ""
+    missing = ""
+    variable, names = ("CC", ("gcc", "clang")) if on_gpu else ("CXX", ("g++", "clang++"))
+    if on_gpu and importlib.util.find_spec("triton") is None:
+        missing = "Triton is not installed (pip install triton)"
+    elif not any(shutil.which(name) for name in (os.environ.get(variable) or "", *names)):
+        missing = f"there is no C++ compiler (install {names[0]}, or set {variable})"
+    if missing and wanted != "auto":
+        raise ConfigError(f"training.compile {wanted}: {missing}; or use auto or false")
+    return ("false", missing) if missing else ("true" if wanted == "auto" else wanted, "")
 
 
 def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
@@ -148,7 +176,7 @@ def _choose_flash_attention(hopper: bool, asked_for: bool) -> tuple[str, str]:
         try:
             attention_function(f"flash_attn_{version}")
         except ImportError as error:
-            missing = error  # version 2 may be installed; below this is said where it is not
+            missing = error  # reported if version 2 is missing too
             continue
         why = "asked for" if asked_for else "installed"
         return f"flash_attn_{version}", f"flash_attn {version} ({why})"
@@ -164,8 +192,8 @@ def _choose_flash_attention(hopper: bool, asked_for: bool) -> tuple[str, str]:
 def step_conditions(hardware: Hardware) -> Iterator[None]:
     """The conditions under which steps are taken: attention kernels and garbage collection.
 
-    Collections are off in the step loop, where one takes up to half a second; whoever makes cycles
-    (figures, failed passes) collects them itself.
+    Collections are off in the step loop, where one takes up to half a second: code that makes
+    reference cycles (figures, failed passes) calls gc.collect().
     """
     with contextlib.ExitStack() as stack:
         if hardware.device.type == "cuda":
@@ -184,12 +212,10 @@ def step_conditions(hardware: Hardware) -> Iterator[None]:
             gc.unfreeze()
 
 
-def compile_model(
-    model: torch.nn.Module, wanted: str, device: torch.device, fullgraph: bool
-) -> None:
-    """Compile the model as `training.compile` asks; the loss is inside, so logits never leave."""
-    if wanted in ("true", "max") or (wanted == "auto" and device.type == "cuda"):
-        options = {"coordinate_descent_tuning": True} if wanted == "max" else None
+def compile_model(model: torch.nn.Module, hardware: Hardware, fullgraph: bool) -> None:
+    """Compile the model where that was decided; the loss is inside, so logits never leave."""
+    if hardware.compile != "false":
+        options = {"coordinate_descent_tuning": True} if hardware.compile == "max" else None
         model.compile(dynamic=False, fullgraph=fullgraph, options=options)
 
 

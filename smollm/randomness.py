@@ -43,7 +43,7 @@ def global_states() -> dict[str, Tensor]:
 
 
 def restore_global(states: dict[str, Tensor]) -> None:
-    """Set the global generators as `global_states` found them; CUDA devices without one stay.
+    """Set the global generators as `global_states` found them; a CUDA device without one is left.
 
     Raises:
         CheckpointError: a state is missing or malformed.

@@ -42,7 +42,7 @@ def _child(words: list[str], directory: str, environment: dict[str, str], output
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(directory)
-    sys.argv = words
+    sys.argv, sys.orig_argv = words, [sys.executable, *words]
     sys.path.insert(0, str(Path(words[0]).parent))
     runpy.run_path(words[0], run_name="__main__")
 

@@ -4,7 +4,13 @@
 #   tests/run.sh                    what CI runs
 #   tests/run.sh --slow -k kill     the long tiers of the tests with "kill" in their names
 #   tests/run.sh -m gpu             the tests that need a GPU
+#   SEED=7 tests/run.sh -k flip     another seed for flips, fuzz and kills while saving
 cd "$(dirname "$0")/.." || exit 1
+case " $* " in *" -h "* | *" --help "*)
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' tests/run.sh
+    exit 0
+    ;;
+esac
 REQUIREMENTS="requirements.txt requirements-dev.txt"
 source ./env.sh || exit
 export WANDB_MODE=${WANDB_MODE:-disabled}

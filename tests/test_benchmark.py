@@ -172,7 +172,7 @@ def start(monkeypatch, tmp_path, *words: str) -> None:
 
     helpers.write_tiny(tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(StopSignals, "install", lambda self: self)
+    monkeypatch.setattr(StopSignals, "__enter__", lambda self: self)
     monkeypatch.setattr(benchmark, "_work", no_worker)
     fixed = ["--config", "tiny.yaml", "--input_file", "text.txt"]
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *fixed, *words])

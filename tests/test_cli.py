@@ -42,11 +42,18 @@ def test_torchrun_variables_left_over(environment: dict[str, str], named: str) -
     assert named in str(error.value)
 
 
-def test_a_left_over_variable_stops_the_command(tmp_path: Path) -> None:
-    """Through train.py: exit 2."""
+@pytest.mark.parametrize("left", [{"WORLD_SIZE": "2"}, {"RANK": ""}, {"RANK": "0x"}])
+def test_a_left_over_variable_stops_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: dict[str, str]
+) -> None:
+    """Through train.py: exit 2, though RANK itself says who may print."""
     write_tiny(tmp_path)
-    result = train(tmp_path, "--dry_run", WORLD_SIZE="2")
+    short = "import sys; from smollm import cli; import train; cli.RANK_0_SECONDS = 0.1; "
+    program = short + "sys.argv[0] = '-c'; cli.execute(train.main)"
+    words = [sys.executable, "-c", program, *command("train.py", "--dry_run")[2:]]
+    result = call(tmp_path, words, PYTHONPATH=str(ROOT), **left)
     assert result.returncode == 2 and "torchrun" in result.stdout, result.stdout
+    assert "Traceback" not in result.stdout
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
@@ -113,3 +120,75 @@ def test_generate_answers_before_torch_is_imported(tmp_path: Path) -> None:
     assert call(tmp_path, [*words, "--help"], PYTHONPATH=str(tmp_path)).returncode == 0
     missing = call(tmp_path, [*words, "--checkpoint", "none"], PYTHONPATH=str(tmp_path))
     assert missing.returncode == 3 and "there is no such checkpoint" in missing.stdout
+
+
+NOTEBOOK = """
+import runpy, signal, sys
+
+handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+words = sys.argv[1:]
+import train
+print("main returned", train.main(words))
+sys.argv = ["train.py", *words, "--resume", "auto"]
+try:
+    runpy.run_path(train.__file__, run_name="__main__")
+except SystemExit as end:
+    print("ended with", end.code)
+sys.argv = ["train.py", "--nonsense"]
+try:
+    runpy.run_path(train.__file__, run_name="__main__")
+except SystemExit as end:
+    print("ended with", end.code)
+assert handlers == {number: signal.getsignal(number) for number in handlers}
+print("alive")
+"""
+
+
+def test_in_a_notebook(tmp_path: Path) -> None:
+    """main returns its code; runpy (%run) ends with SystemExit; handlers are restored, and the
+    process that called lives on."""
+    write_tiny(tmp_path)
+    words = command("train.py", "--train_steps", "2")[2:]
+    result = call(tmp_path, [sys.executable, "-c", NOTEBOOK, *words], PYTHONPATH=str(ROOT))
+    lines = result.stdout.splitlines()
+    assert result.returncode == 0 and lines[-1] == "alive", result.stdout
+    assert "main returned 0" in lines
+    assert [line for line in lines if line.startswith("ended")] == ["ended with 0", "ended with 2"]
+    assert "is complete: run/checkpoints/step_000002" in result.stdout
+
+
+def test_the_memory_of_the_machine_is_full(tmp_path: Path) -> None:
+    """A limit on the address space: exit 3 that names batch_size, not "should not happen"."""
+    write_tiny(tmp_path)
+    large = ("model.hidden_size=512", "model.intermediate_size=8192", "training.batch_size=512")
+    large += ("training.compile=false", "data.sequence_length=64")
+    words = ["bash", "-c", 'ulimit -v 4000000; exec "$0" "$@"', *command("train.py", *large)]
+    result = call(tmp_path, words, MALLOC_ARENA_MAX="1")
+    assert result.returncode == 3, result.stdout
+    assert "memory is full" in result.stdout and "training.batch_size" in result.stdout
+    assert "Traceback" not in result.stdout
+
+
+def test_a_home_directory_is_expanded_everywhere(tmp_path: Path) -> None:
+    """`~` in flags and keys, as a shell that did not see it; no directory `~` is made."""
+    write_tiny(tmp_path)
+    words = [sys.executable, str(ROOT / "train.py"), "--config=~/tiny.yaml"]
+    words += ["--input_file=~/text.txt", "--save_dir=~/my/checkpoints", "--log_dir=~/my/logs"]
+    words += ["data.cache_dir=~/cached", "--train_steps=2"]
+    (tmp_path / "elsewhere").mkdir()
+    result = call(tmp_path / "elsewhere", words, HOME=str(tmp_path))
+    assert result.returncode == 0, result.stdout
+    assert (tmp_path / "my/checkpoints/step_000002").is_dir() and (tmp_path / "cached").is_dir()
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    nobody = [*words[:2], "--config=~no_such_user/x.yaml"]
+    refused = call(tmp_path, nobody, HOME=str(tmp_path))
+    assert refused.returncode == 2 and "there is no such home" in refused.stdout
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no clone")
+def test_a_clone_with_crlf_has_line_feeds(tmp_path: Path) -> None:
+    """core.autocrlf=true, as on Windows: scripts and texts keep their line ends."""
+    clone = ["git", "-c", "core.autocrlf=true", "clone", "--quiet", str(ROOT), "clone"]
+    assert call(tmp_path, clone).returncode == 0
+    for name in ("train.sh", "env.sh", "input.txt", "config.yaml", "tests/run.sh"):
+        assert b"\r" not in (tmp_path / "clone" / name).read_bytes(), name

@@ -525,6 +525,33 @@ def test_yaml_that_is_read_as_meant(tmp_path, case):
     assert got == expected and type(got) is type(expected)
 
 
+def test_quoted_texts_are_texts(tmp_path):
+    """An empty prompt and the word "null" in quotes, from the file and the command line."""
+    text = 'generation:\n  prompts: ["", The, "null"]\nwandb:\n  name: "null"\n'
+    config = config_reader.load(write(tmp_path, text))
+    assert config.generation.prompts == ("", "The", "null") and config.wandb.name == "null"
+    config = config_reader.load(write(tmp_path, ""), ["generation.prompts=['', null x, \"~\"]"])
+    assert config.generation.prompts == ("", "null x", "~")
+    assert all(type(prompt) is str for prompt in config.generation.prompts)
+    for plain in ("[~]", "[null]", "[a, ]", "[]"):
+        if plain != "[a, ]":
+            problems_of(write(tmp_path, ""), [f"generation.prompts={plain}"])
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [
+        ("training.beta1=0.9", "training.adam_beta1"),
+        ("training.warmup=9", "training.warmup_steps"),
+        ("model.vocab=9", "model.vocab_size"),
+        ("trainer.seed=9", "training"),
+    ],
+)
+def test_a_short_name_is_answered_with_the_key(tmp_path, word, hint):
+    """What people write from memory of other tools."""
+    assert f"did you mean {hint}?" in problems_of(write(tmp_path, ""), [word])[0]
+
+
 def training(line: str) -> str:
     """A file with one line in the training section."""
     return f"training:\n  {line}\n"

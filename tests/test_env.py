@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -132,5 +133,70 @@ def test_a_python_that_is_too_old_or_too_new_is_named(project: Path) -> None:
     fake.write_text('#!/bin/sh\necho "3.9"; exit 1\n')
     fake.chmod(0o755)
     refused = source(project, "true", PATH=f"{project}/bin:/usr/bin:/bin")
-    assert refused.returncode == 3 and "3.10 to 3.13" in refused.stdout, refused.stdout
+    assert refused.returncode == 3 and "3.10 to 3.14" in refused.stdout, refused.stdout
     assert not (project / ".venv").exists()
+
+
+def active(project: Path, version: str) -> dict[str, str]:
+    """An active environment of its own that has smollm-test in a version."""
+    local = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(project)}
+    (project / "requirements.txt").write_text(f"smollm-test=={version}\n")
+    assert source(project, "true", **local).returncode == 0
+    (project / ".venv").rename(project / "mine")
+    return {"PATH": f"{project}/mine/bin:/usr/bin:/bin", **local}
+
+
+@pytest.mark.parametrize(
+    ("line", "taken"),
+    [
+        ("smollm-test==2.0  # minimum 1.0", True),
+        ("smollm-test==2.0  # minimum 0.9.9", True),
+        ("smollm-test==2.0  # minimum 1.0.1", False),
+        ("smollm-test==2.0", False),
+        ('smollm-test==2.0 ; python_version < "3.5"  # minimum 7', True),
+        ("smollm-test==1.0\nsmollm-other==1.0  # minimum none", True),
+        ("smollm-test==1.0\nsmollm-other==1.0  # minimum 0.1", False),
+    ],
+)
+def test_an_active_environment_is_taken_from_the_minimum_on(
+    project: Path, line: str, taken: bool
+) -> None:
+    """An image's own PyTorch is not replaced; what is too old, or missing, is not taken."""
+    settings = active(project, "1.0")
+    (project / "requirements.txt").write_text(line + "\n")
+    result = source(project, 'echo "$PYTHON"', **settings)
+    assert (f"{project}/mine/bin/python" in result.stdout) == taken, result.stdout
+    if taken and "2.0  # minimum" in line:
+        assert "using the active Python environment: smollm-test 1.0" in result.stdout
+
+
+def test_uv_is_used_where_it_is_installed(project: Path) -> None:
+    """To make the environment and to fill it (a stand-in that does the same with venv and pip)."""
+    (project / "bin").mkdir()
+    uv = project / "bin/uv"
+    python = sys.executable
+    uv.write_text(
+        f"""#!/bin/bash
+echo "uv $*" >> {project}/calls
+if [ "$1" = venv ]; then exec {python} -m venv "${{@: -1}}"; fi
+shift 4; exec .venv/bin/python -m pip install "$@"
+"""
+    )
+    uv.chmod(0o755)
+    path = f"{project}/bin:{Path(sys.executable).parent}:/usr/bin:/bin"
+    local = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(project), "PATH": path}
+    asked = "python -c 'import importlib.metadata as m; print(m.version(\"smollm-test\"))'"
+    result = source(project, asked, **local)
+    assert result.returncode == 0 and result.stdout.endswith("\n1.0\n"), result.stdout
+    made, filled = (project / "calls").read_text().splitlines()
+    assert made.startswith("uv venv --quiet --python") and made.endswith(".venv")
+    assert filled == ("uv pip install --python .venv/bin/python --quiet -r requirements.txt")
+
+
+def test_what_is_pinned_has_a_minimum() -> None:
+    """One list: each exact version stands beside the oldest one that was seen to work."""
+    for line in (ROOT / "requirements.txt").read_text().splitlines():
+        if not line.startswith("#"):
+            assert re.fullmatch(
+                r"[a-z]+==[\d.]+( ; python_version .*\"3.14\")? +# minimum \S+", line
+            )

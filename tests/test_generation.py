@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -107,10 +108,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def generate(run: Path, *words: str):
+def generate(run: Path, *words: str, **extra: str):
     """Run generate.py on the newest checkpoint."""
     script = [sys.executable, str(ROOT / "generate.py"), "--checkpoint", "run/checkpoints/latest"]
-    return call(run, [*script, *words])
+    return call(run, [*script, *words], **extra)
 
 
 def test_command_line(run: Path) -> None:
@@ -137,7 +138,9 @@ def test_command_line(run: Path) -> None:
         (["--temperature", "hot"], 2, "--temperature"),
         (["--top_p", "1.5", "--top_k", "-1"], 2, "2 problems"),
         (["--max_length", "9999"], 2, "64"),
-        (["--prompt", "word " * 200], 2, "max_length"),
+        (["--prompt", "word " * 200], 2, "the model holds 64"),
+        (["--prompt", "the sea and the river", "--max_length", "3"], 2, "generation.max_length 3"),
+        (["--prompt", "-The"], 2, "--prompt=-The"),
         (["--nonsense"], 2, "--help"),
         (["--checkpoint", "nowhere"], 3, "nowhere"),
         (["--checkpoint", "text.txt"], 3, "text.txt"),
@@ -174,3 +177,78 @@ def test_perplexity_is_that_of_the_model(run: Path) -> None:
     assert found.log_likelihood == pytest.approx(expected, abs=1e-3)
     assert sample.perplexity == pytest.approx(math.exp(-expected / len(new)), rel=1e-3)
     assert sample.generated_tokens == len(new)
+
+
+def test_every_prompt_gets_a_sample(run: Path) -> None:
+    """Five words and a repeated flag: none is dropped, with fewer samples asked for; one that
+    begins with a dash, and the empty one, are prompts too."""
+    words = [
+        "--prompt",
+        "A",
+        "B",
+        "--prompt",
+        "C",
+        "",
+        "--prompt=-D",
+        "--num_samples",
+        "3",
+        "--json",
+    ]
+    result = generate(run, *words)
+    assert result.returncode == 0, result.stdout
+    samples = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [sample["prompt"] for sample in samples] == ["A", "B", "C", "", "-D"]
+    again = generate(run, "--prompt", "A", "--num_samples", "4", "--json")
+    assert len(again.stdout.splitlines()) == 4
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_json_is_json_on_any_console(run: Path, encoding: str) -> None:
+    """What the console cannot show is escaped as JSON has it."""
+    words = ["--prompt", "caf\u00e9 \u2019", "--json"]
+    result = generate(run, *words, PYTHONIOENCODING=encoding)
+    assert result.returncode == 0, result.stdout
+    for line in result.stdout.splitlines():
+        assert json.loads(line)["prompt"] == "caf\u00e9 \u2019"
+
+
+def test_a_model_directory_of_another_tool(run: Path, tmp_path: Path) -> None:
+    """Saved by transformers, or copied without the optimizer: generate.py takes it, the others
+    say what it lacks; one without a tokenizer is named as that."""
+    from transformers import AutoModelForCausalLM
+
+    source, copy = run / "run/checkpoints/latest", tmp_path / "copy"
+    AutoModelForCausalLM.from_pretrained(source).save_pretrained(copy)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(source / name, copy)
+    words = ["--seed", "5", "--json", "--checkpoint"]
+    ours, theirs = (generate(run, *words, str(path)) for path in (source, copy))
+    assert theirs.returncode == 0, theirs.stdout
+    texts = [[json.loads(line)["text"] for line in x.stdout.splitlines()] for x in (ours, theirs)]
+    assert texts[0] == texts[1]
+    for script, *rest in (
+        ("checkpoint.py", "verify", str(copy)),
+        ("train.py", "--config", "tiny.yaml", "--input_file", "text.txt", "--save_dir",
+         str(tmp_path / "new"), "--log_dir", str(tmp_path / "logs"), "--resume", str(copy)),
+    ):  # fmt: skip
+        refused = call(run, [sys.executable, str(ROOT / script), *rest])
+        assert refused.returncode == 3 and "damaged" not in refused.stdout.lower(), refused.stdout
+        assert "without manifest.json and training state" in refused.stdout
+    (copy / "tokenizer.json").unlink()
+    assert "manifest.json is missing" in generate(run, "--checkpoint", str(copy)).stdout
+
+
+def test_transformers_takes_longer_prompts_than_our_samples(run: Path, tmp_path: Path) -> None:
+    """generation_config.json describes the model: its pipeline is not held to our 16 tokens, and
+    greedy sampling leaves no setting that older transformers refuse."""
+    from transformers import pipeline
+
+    directory = run / "run/checkpoints/latest"
+    assert "max_length" not in json.loads((directory / "generation_config.json").read_text())
+    text = pipeline("text-generation", str(directory))("the sea and " * 6, max_new_tokens=3)
+    assert len(text[0]["generated_text"]) > len("the sea and " * 6) - 1
+    write_tiny(tmp_path)
+    assert train(tmp_path, "generation.temperature=0", "--train_steps", "2").returncode == 0
+    path = tmp_path / "run/checkpoints/latest/generation_config.json"
+    sampling = {k: v for k, v in json.loads(path.read_text()).items() if not k.endswith("_id")}
+    assert sampling == {"do_sample": False}

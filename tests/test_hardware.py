@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
+from helpers import call, command, write_tiny
 
 from smollm import hardware
 from smollm.errors import ConfigError
@@ -73,3 +75,37 @@ def test_flash_attention_by_what_is_installed(
     if not installed:
         with pytest.raises(ConfigError, match="pip install"):
             hardware._choose_flash_attention(hopper, asked_for=True)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_compile_is_decided_by_what_is_installed(
+    monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    """No compiler: auto goes on eagerly and says so; asked for by name it is an error that names
+    the compiler. On CUDA the same without Triton."""
+    there = torch.device(device)
+    monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(hardware.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert hardware.choose_compile("false", there) == ("false", "")
+    assert hardware.choose_compile("max", there) == ("max", "")
+    on_gpu = device == "cuda"
+    assert hardware.choose_compile("auto", there) == ("true" if on_gpu else "false", "")
+    monkeypatch.setattr(hardware.shutil, "which", lambda name: None)
+    compiled, why = hardware.choose_compile("auto", there)
+    assert compiled == "false" and ("gcc" in why) == on_gpu
+    with pytest.raises(ConfigError, match=f"install {'gcc' if on_gpu else r'g[+][+]'}"):
+        hardware.choose_compile("true", there)
+    monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: None)
+    if on_gpu:
+        assert "Triton" in hardware.choose_compile("auto", there)[1]
+
+
+def test_no_compiler_is_said_at_the_dry_run(tmp_path: Path) -> None:
+    """Exit 2 before anything is trained."""
+    write_tiny(tmp_path)
+    (tmp_path / "bin").mkdir()
+    words = command("train.py", "--dry_run", "training.compile=true")
+    bare = ["env", f"PATH={tmp_path / 'bin'}", *words]
+    result = call(tmp_path, bare)
+    assert result.returncode == 2, result.stdout
+    assert "there is no C++ compiler (install g++, or set CXX)" in result.stdout

@@ -129,14 +129,26 @@ def test_files_of_others_are_not_swept(copy: Path) -> None:
 
 
 def test_a_branch_keeps_the_lines_that_it_takes_anew(copy: Path) -> None:
-    """--resume of an earlier step into a new save_dir, same log_dir: nothing is lost."""
+    """--resume of an earlier step into a new save_dir, same log_dir: another run; nothing is
+    lost."""
     before = (copy / "run/logs/metrics.jsonl").read_bytes()
     words = ("--resume", "run/checkpoints/step_000008", "--save_dir", "branch")
     result = train(copy, *words)
     assert result.returncode == 0, result.stdout
-    assert "metrics.jsonl.1 keeps the lines after step 8" in result.stdout
+    assert "metrics.jsonl.1 keeps the metrics of the run" in result.stdout
     assert (copy / "run/logs/metrics.jsonl.1").read_bytes() == before
-    assert sorted(losses(copy)) == list(range(1, 13))
+    assert sorted(losses(copy)) == list(range(9, 13))
+    ours, theirs = (
+        atomic.read_json(copy / path / "trainer_state.json")
+        for path in ("branch/step_000012", "run/checkpoints/step_000012")
+    )
+    assert ours["wandb_run_id"] != theirs["wandb_run_id"]
+    assert ours["parent"] == f"{theirs['wandb_run_id']}, run/checkpoints/step_000008"
+    shutil.move(copy / "branch", copy / "moved")
+    again = train(copy, "--resume", "auto", "--save_dir", "moved", "--train_steps", "14")
+    assert again.returncode == 0, again.stdout
+    moved = atomic.read_json(copy / "moved/step_000014/trainer_state.json")
+    assert (moved["wandb_run_id"], moved["parent"]) == (ours["wandb_run_id"], ours["parent"])
 
 
 def test_one_log_dir_for_two_runs(copy: Path) -> None:

@@ -8,7 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, call, digest, events, losses, step_directory, train, write_tiny
+from helpers import (
+    ROOT,
+    call,
+    digest,
+    events,
+    losses,
+    reseal,
+    step_directory,
+    train,
+    write_tiny,
+)
 from safetensors.torch import load_file
 
 KEEP_ALL = "checkpoint.keep_last=99"
@@ -114,6 +124,125 @@ def test_continue_training_goes_on_exactly(reference: Path, tmp_path: Path) -> N
     assert state["wandb_run_id"] == before["wandb_run_id"]
 
 
+def _state(directory: Path, step: int, run: str = "run") -> dict:
+    path = step_directory(directory, step, run) / "trainer_state.json"
+    return json.loads(path.read_text("utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("word", "windows"),
+    [
+        ("training.batch_size=4", 4 * 2),
+        ("training.gradient_accumulation_steps=1", 2),
+        ("training.batch_size=1", 2),
+    ],
+)
+@pytest.mark.parametrize("old", [False, True])
+def test_another_batch_goes_on_where_the_data_was(
+    reference: Path, tmp_path: Path, word: str, windows: int, old: bool
+) -> None:
+    """6 steps of 4 windows, then other batches: counted from there, also for a checkpoint that
+    does not say where it was (as format 1 was written before)."""
+    _copy_of(reference, tmp_path, 6)
+    if old:
+        path = step_directory(tmp_path, 6) / "trainer_state.json"
+        state = json.loads(path.read_text("utf-8"))
+        del state["position"]
+        path.write_text(json.dumps(state))
+        reseal(path.parent, path.name)
+    result = train(tmp_path, "--resume", "auto", word, "--train_steps", "8", KEEP_ALL)
+    assert result.returncode == 0, result.stdout
+    position = _state(tmp_path, 8)["position"]
+    epoch = [event["epoch"] for event in events(reference, "train")][0] / 4  # of one window
+    consumed = 6 * 4 + 2 * windows
+    assert position["epoch"] + position["windows"] * epoch == pytest.approx(consumed * epoch)
+    assert events(tmp_path, "train")[-1]["epoch"] == pytest.approx(consumed * epoch)
+    # Resumed once more with the first batch: the same steps as without the stop in between.
+    again = train(tmp_path, "--resume", "auto", "--train_steps", "9", KEEP_ALL)
+    assert again.returncode == 0, again.stdout
+    assert events(tmp_path, "train")[-1]["epoch"] == pytest.approx((consumed + 4) * epoch)
+
+
+def test_windows_of_another_length_go_on_at_the_same_fraction(
+    reference: Path, tmp_path: Path
+) -> None:
+    """And a line says what that means."""
+    _copy_of(reference, tmp_path, 6)
+    words = ("--resume", "auto", "--train_steps", "7", KEEP_ALL)
+    result = train(tmp_path, *words, "data.sequence_length=32")
+    assert result.returncode == 0, result.stdout
+    assert "continues at the same fraction" in result.stdout
+    before, after = (_state(x, step)["position"] for x, step in ((reference, 6), (tmp_path, 7)))
+    expected = before["epoch"] * 2 + before["windows"] * 2 + 4  # half as long: twice as many
+    length = events(reference, "train")[0]["epoch"]
+    per_epoch = round(4 / length)
+    assert after["epoch"] * 2 * per_epoch + after["windows"] == pytest.approx(expected, abs=2)
+
+
+def test_another_text_resets_what_described_the_old_one(reference: Path, tmp_path: Path) -> None:
+    """Best loss, epoch and position; in the log, the model card and `best`."""
+    write_tiny(tmp_path)
+    settings = ("training.eval_steps=2", KEEP_ALL)
+    assert train(tmp_path, *settings).returncode == 0
+    old = _state(tmp_path, 12)
+    (tmp_path / "text.txt").write_text("An other text, in which other words are. " * 900)
+    words = ("--train_steps", "16", *settings, "data.allow_changed_input=true")
+    result = train(tmp_path, "--resume", "auto", *words, "training.learning_rate=1e-3")
+    assert result.returncode == 0, result.stdout
+    assert "another text: its epochs and its best loss are counted from here" in result.stdout
+    new = _state(tmp_path, 16)
+    assert new["position"]["epoch"] + new["position"]["windows"] > 0
+    losses_there = {e["step"]: e["val_loss"] for e in events(tmp_path, "eval") if e["step"] > 12}
+    assert new["best_val_loss"] == min(losses_there.values()) != old["best_val_loss"]
+    assert new["best_step"] > 12
+    best = (tmp_path / "run/checkpoints/best").resolve().name
+    assert best == f"step_{new['best_step']:06d}"
+    card = (step_directory(tmp_path, 16) / "README.md").read_text("utf-8")
+    assert f"{new['best_val_loss']:.4f} (step {new['best_step']})" in card
+    assert events(tmp_path, "train")[-1]["epoch"] < old["position"]["epoch"] + 4
+
+
+def test_the_best_model_that_is_reported_exists(tmp_path: Path) -> None:
+    """Evaluated at other steps than saved: the best one is saved when it is evaluated."""
+    write_tiny(tmp_path)
+    settings = ("training.eval_steps=3", "training.save_steps=5", "checkpoint.keep_last=1")
+    result = train(tmp_path, *settings, "training.learning_rate=0.02")
+    assert result.returncode == 0, result.stdout
+    found = {event["step"]: event["val_loss"] for event in events(tmp_path, "eval")}
+    best = min(found, key=lambda step: found[step])
+    assert f"best val_loss {found[best]:.4f} at step {best};" in result.stdout
+    assert (tmp_path / "run/checkpoints/best").resolve() == step_directory(tmp_path, best)
+    assert _state(tmp_path, best)["val_loss"] == found[best]
+    unkept = train(tmp_path, *settings, "checkpoint.keep_best=false", run="other")
+    assert "(not kept)" in unkept.stdout or "at step 12;" in unkept.stdout, unkept.stdout
+
+
+def test_the_rates_in_the_table_are_those_that_run(reference: Path, tmp_path: Path) -> None:
+    """A warm-up longer than the run, settings without effect in phase 2, an extended run."""
+    write_tiny(tmp_path)
+    result = train(tmp_path, "training.warmup_steps=100")
+    assert "at most 0.00012 at step 12" in result.stdout, result.stdout
+    assert "warmup_steps 100 is longer than the 12 steps: the rate reaches 0.00012" in result.stdout
+    assert events(tmp_path, "train")[-1]["learning_rate"] == pytest.approx(1.2e-4)
+    words = ("training.learning_rate=1e-2", "training.schedule=linear")
+    phase_2 = train(tmp_path, *words, script="continue_training.py")
+    assert phase_2.returncode == 0, phase_2.stdout
+    for key in ("learning_rate 0.01", "schedule linear"):
+        assert f"training.{key} has no effect here" in phase_2.stdout, phase_2.stdout
+    assert "learning rate 0.0001 at step 13" in phase_2.stdout
+    constant = tmp_path / "constant"
+    _copy_of(reference, constant, 12)
+    shown = train(constant, "training.schedule=constant", script="continue_training.py")
+    rate = events(constant, "train")[-1]["learning_rate"]
+    assert f"constant to {rate:.3g} at step 16" in shown.stdout, shown.stdout
+    longer = tmp_path / "longer"
+    _copy_of(reference, longer, 12)
+    extended = train(longer, "--resume", "auto", "--train_steps", "24")
+    assert "extended: the schedule ended at step 12 and is stretched to 24" in extended.stdout
+    rate = [e["learning_rate"] for e in events(longer, "train") if e["step"] == 13][0]
+    assert f"to {rate:.3g} at step 13" in extended.stdout
+
+
 def test_continue_after_a_short_phase_1_keeps_its_schedule(reference: Path, tmp_path: Path) -> None:
     """A phase 1 of --train_steps 6 ends at the lowest rate, and phase 2 goes on there."""
     write_tiny(tmp_path)
@@ -132,6 +261,7 @@ def test_continue_refuses_without_its_checkpoint(reference: Path, tmp_path: Path
     result = train(tmp_path, script="continue_training.py")
     assert result.returncode == 3
     assert "step_000012" in result.stdout and "step_000006" in result.stdout
+    assert "continue_training.py --start_step 6" in result.stdout
     weights = step_directory(tmp_path, 6) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     result = train(tmp_path, "--start_step", "6", script="continue_training.py")

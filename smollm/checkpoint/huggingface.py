@@ -80,13 +80,12 @@ def model_documents(
         end: the end-of-text token's text.
     """
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    sampling = {
-        "do_sample": generation.temperature > 0,
-        "max_length": generation.max_length,
-        "temperature": generation.temperature,
-        "top_k": generation.top_k,
-        "top_p": generation.top_p,
-    }
+    # It describes the model, not the length of our samples; and with do_sample false transformers
+    # warns of settings for sampling, older versions refuse them.
+    sampling: dict[str, Any] = {"do_sample": generation.temperature > 0}
+    if sampling["do_sample"]:
+        names = ("temperature", "top_k", "top_p")
+        sampling |= {name: getattr(generation, name) for name in names}
     return {
         store.MODEL_CONFIG: config,
         store.GENERATION_CONFIG: {**ids, **sampling},

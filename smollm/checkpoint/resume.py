@@ -1,9 +1,11 @@
 """Which checkpoint a run starts from, and whether it may go on from there. Imports no torch."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from smollm import atomic
 from smollm.checkpoint import store
 from smollm.config import Config, differences, from_dict, replace_training
 from smollm.errors import CheckpointError, ConfigError
@@ -34,7 +36,7 @@ def find_resume(save_dir: Path, resume: str, log: Callable[[str], None]) -> Path
                 "afresh"
             )
         return None
-    path = Path(resume)
+    path = atomic.follow(Path(resume))
     store.require_whole(path)
     state = store.read_trainer_state(path)
     newer = [other for other in present if other > state["step"]]
@@ -54,21 +56,18 @@ def find_resume(save_dir: Path, resume: str, log: Callable[[str], None]) -> Path
     return path
 
 
-def find_continuation(
-    save_dir: Path, start_step: int, last: int, log: Callable[[str], None]
-) -> Path:
-    """The newest whole checkpoint of phase 2, else the one of start_step, which must be whole.
+def find_continuation(start: Path, start_step: int, last: int, log: Callable[[str], None]) -> Path:
+    """The newest whole checkpoint of phase 2, else the one that it starts from.
 
     Args:
+        start: the checkpoint of start_step, as `require_start` gives it.
         last: the step that phase 2 goes to.
         log: takes a line for each damaged checkpoint that is passed over.
 
     Raises:
-        CheckpointError: the checkpoint of start_step is missing or damaged.
         ConfigError: phase 1 went on from start_step.
     """
-    start = store.directory_of(save_dir, start_step)
-    store.require_whole(start)
+    save_dir = start.parent
     if not any(start_step < step <= last for step in store.steps(save_dir)):
         return start
     newest = store.newest_whole(save_dir, log, start_step, last)
@@ -78,6 +77,23 @@ def find_continuation(
             "would be lost; name its last step, or copy the checkpoint to another --save_dir"
         )
     return newest
+
+
+def require_start(save_dir: Path, start_step: int) -> Path:
+    """The checkpoint that phase 2 starts from, verified.
+
+    Raises:
+        CheckpointError: it is missing or damaged; the steps that there are, are named.
+    """
+    start = store.directory_of(save_dir, start_step)
+    if not start.exists() and (present := store.steps(save_dir)):
+        raise CheckpointError(
+            f"{start}: there is no such checkpoint; there are: "
+            f"{', '.join(store.directory_of(save_dir, step).name for step in present)}; "
+            f"continue_training.py --start_step {present[-1]} goes on from the newest"
+        )
+    store.require_whole(start)
+    return start
 
 
 def with_schedule_of(config: Config, directory: Path) -> Config:
@@ -105,10 +121,21 @@ def completion(directory: Path | None, phase: int, last: int) -> str | None:
     return None
 
 
+def is_of(save_dir: Path, directory: Path) -> bool:
+    """Whether a checkpoint lies in a save_dir, by whatever path it was named."""
+    return os.path.realpath(directory.resolve().parent) == os.path.realpath(save_dir)
+
+
+def changed_input(fingerprint: dict[str, Any], saved: store.Checkpoint) -> list[str]:
+    """What differs between two inputs: of the text, the tokenizer and the split."""
+    before = saved.trainer_state.get("data", {})
+    return [key for key in fingerprint if before.get(key) != fingerprint[key]]
+
+
 def check_compatible(
     config: Config, fingerprint: dict[str, Any], saved: store.Checkpoint
 ) -> list[str]:
-    """Refuse to go on with another text or model; returns the keys that changed, a line each.
+    """Refuse to go on with another text or model; returns lines about what changed.
 
     Args:
         fingerprint: of the text, tokenizer and split that the run would go on with.
@@ -116,8 +143,7 @@ def check_compatible(
     Raises:
         CheckpointError: they differ from the checkpoint's.
     """
-    before = saved.trainer_state.get("data", {})
-    changed = [key for key in fingerprint if before.get(key) != fingerprint[key]]
+    changed = changed_input(fingerprint, saved)
     if changed and not config.data.allow_changed_input:
         raise CheckpointError(
             f"the checkpoint of step {saved.step} was trained on another input "
@@ -132,4 +158,12 @@ def check_compatible(
                 f"the checkpoint of step {saved.step} has model.{key} {was}, and the "
                 f"configuration {now}: that is another model; set model.{key}={was}"
             )
-    return differences(old, config)
+    lines = [f"changed since the checkpoint: {line}" for line in differences(old, config)]
+    if changed:
+        lines.append("another text: its epochs and its best loss are counted from here")
+    elif old.data.sequence_length != config.data.sequence_length:
+        lines.append(
+            "windows of another length: the epoch continues at the same fraction, and some of its "
+            "tokens are seen twice or not at all"
+        )
+    return lines

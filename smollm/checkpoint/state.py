@@ -1,4 +1,4 @@
-"""From a run's live tensors to the tensors of a checkpoint, and back.
+"""From a run's live state to what a checkpoint holds, and back.
 
 The names in training_state.safetensors are `optimizer.<slot>.<parameter>` and `rng.<source>`. They
 do not depend on the number of processes, so a run resumes on another one.
@@ -11,7 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from smollm import distributed, randomness
+from smollm.checkpoint import resume
 from smollm.checkpoint.store import Checkpoint
+from smollm.config import Config, from_dict
+from smollm.data.batches import Position
+from smollm.data.token_cache import Corpus
 from smollm.errors import CheckpointError
 
 
@@ -111,3 +115,23 @@ def load_optimizer(
                     "shape"
                 )
             live.copy_(distributed.shard_like(saved, live))
+
+
+def data_position(config: Config, corpus: Corpus, saved: Checkpoint) -> Position:
+    """Where in the data a run goes on: where the checkpoint was, or at the start of another text.
+
+    A changed batch continues after the windows that were consumed. Windows of another length are
+    others: the run continues at the same fraction of the epoch.
+    """
+    step, state = saved.step, saved.trainer_state
+    if resume.changed_input(corpus.fingerprint, saved):
+        return Position(step)
+    old = from_dict(state["config"])
+    before, now = (
+        len(corpus.train) // each.data.sequence_length for each in (old, config)
+    )  # windows of an epoch
+    if "position" in state:
+        epoch, windows = (state["position"][key] for key in ("epoch", "windows"))
+    else:  # as checkpoints of 909856d and before were trained
+        epoch, windows = divmod(step * old.sequences_per_step, before)
+    return Position(step, epoch, windows if now == before else windows * now // before)

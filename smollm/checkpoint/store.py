@@ -158,10 +158,10 @@ def is_finite(loss: Any) -> bool:
 
 
 def kept(root: Path, keep: CheckpointConfig, verify: bool = False) -> dict[int, list[str]]:
-    """Each whole checkpoint's reasons to stay: newest, best, phase end, asked for; maybe none.
+    """Why each whole checkpoint is kept: newest, best, phase end, asked for; perhaps nothing.
 
-    Ordered by step, never by time. Directories that are not whole are no checkpoints here: they
-    count for nothing and are not touched.
+    Ordered by step, never by time. Damaged directories are ignored and
+    never removed.
 
     Args:
         verify: hash the newest, so that what is removed is never the last one that is whole.
@@ -173,7 +173,9 @@ def kept(root: Path, keep: CheckpointConfig, verify: bool = False) -> dict[int, 
     reasons: dict[int, list[str]] = {step: [] for step in whole}
     for step in whole[-keep.keep_last :]:
         reasons[step].append("newest")
-    losses = {step: found[step].get("val_loss") for step in whole}
+    # A loss on another text than the newest checkpoint's says nothing of this one.
+    same = [step for step in whole if found[step].get("data") == found[whole[-1]].get("data")]
+    losses = {step: found[step].get("val_loss") for step in same}
     losses = {step: loss for step, loss in losses.items() if is_finite(loss)}
     if keep.keep_best and losses:
         reasons[min(losses, key=lambda step: losses[step])].append("best")
@@ -229,6 +231,7 @@ def newest_whole(
 
 def require_whole(directory: Path) -> None:
     """Raise CheckpointError, naming directory and file, unless the checkpoint is whole."""
+    directory = atomic.follow(directory)
     if not directory.exists():
         raise CheckpointError(f"{directory}: there is no such checkpoint{_others(directory)}")
     if not directory.is_dir():
@@ -236,8 +239,21 @@ def require_whole(directory: Path) -> None:
     if found := steps(directory):
         newest = directory_of(directory, found[-1])
         raise CheckpointError(f"{directory}: holds checkpoints; name one of them, such as {newest}")
+    if is_model_only(directory):
+        raise CheckpointError(
+            f"{directory}: is a model without {atomic.MANIFEST} and training state (saved by "
+            "another tool, or copied in part): generate.py takes it, but no run can go on from it"
+        )
     if wrong := problem(directory):
         raise CheckpointError(f"{directory}: damaged: {wrong}{_others(directory)}")
+
+
+def is_model_only(directory: Path) -> bool:
+    """Whether a directory holds weights, configuration and tokenizer, but is no checkpoint."""
+    ours = (atomic.MANIFEST, TRAINER_STATE, TRAINING_STATE)
+    return all((directory / name).is_file() for name in (WEIGHTS, MODEL_CONFIG, TOKENIZER)) and (
+        not any((directory / name).exists() for name in ours)
+    )
 
 
 def _others(directory: Path) -> str:
@@ -317,6 +333,8 @@ def lock(root: Path, log: Callable[[str], None]) -> Iterator[None]:
     with atomic.hold(root, "--save_dir") as swept:
         if swept:
             log(f"{root}: after an interrupted save: {', '.join(swept)}")
+        for line in atomic.missing_features(root):
+            log(line)
         yield
 
 

@@ -1,37 +1,50 @@
 """The training windows of each optimizer step, and the held-out text in windows.
 
-A batch is a pure function of (seed, step), the same on any number of processes.
+A batch is a pure function of the seed, the step and the position in the data at the last start,
+the same on any number of processes.
 """
 
 import functools
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
 from smollm.randomness import derive_seed
 
 
+@dataclass(frozen=True)
+class Position:
+    """What was consumed of the data after `step` optimizer steps."""
+
+    step: int = 0
+    epoch: int = 0  # completed epochs
+    windows: int = 0  # of the epoch after these
+
+
 class TokenDataset:
     """The training windows, in an order that is a pure function of the seed.
 
-    The tokens are taken as a ring. Epoch e is a seeded permutation of the non-overlapping windows
-    that start at a seeded offset: no token is predicted twice in an epoch, and all but less than
-    one window's worth are, other ones each time.
+    The tokens are circular. Each epoch starts its windows at a seeded offset and visits them in a
+    seeded order. No token is a target twice in an epoch; fewer than sequence_length tokens are
+    none, and which ones changes with every epoch.
 
     Args:
         tokens: (N,) the training tokens, N > sequence_length.
         sequence_length: T, the tokens predicted in a window.
         sequences_per_step: windows in one optimizer step, over all processes.
         seed: of the order.
+        start: where the run goes on; steps before it are not asked for.
     """
 
     def __init__(
-        self, tokens: np.ndarray, sequence_length: int, sequences_per_step: int, seed: int
-    ) -> None:
+        self, tokens: np.ndarray, sequence_length: int, sequences_per_step: int, seed: int,
+        start: Position = Position(),
+    ) -> None:  # fmt: skip
         self.tokens = tokens
         self.sequence_length = sequence_length
         self.sequences_per_step = sequences_per_step
-        self.seed = seed
+        self.seed, self.start = seed, start
         self.windows_per_epoch = len(tokens) // sequence_length
         self._epoch_starts = functools.lru_cache(maxsize=2)(self._make_epoch_starts)
 
@@ -43,9 +56,18 @@ class TokenDataset:
         order = random.permutation(self.windows_per_epoch)
         return (offset + order * self.sequence_length) % len(self.tokens)
 
+    def _consumed(self, step: int) -> int:
+        """Windows consumed after `step` steps, counted in epochs of this window length."""
+        before = self.start.epoch * self.windows_per_epoch + self.start.windows
+        return before + (step - self.start.step) * self.sequences_per_step
+
+    def position(self, step: int) -> Position:
+        """What was consumed after `step` steps: a dataset that starts there goes on the same."""
+        return Position(step, *divmod(self._consumed(step), self.windows_per_epoch))
+
     def epoch(self, step: int) -> float:
         """Epochs done after `step` optimizer steps."""
-        return step * self.sequences_per_step / self.windows_per_epoch
+        return self._consumed(step) / self.windows_per_epoch
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """The windows of optimizer step `step` (from 1) of one process.
@@ -58,7 +80,7 @@ class TokenDataset:
             tokens; labels are the next tokens.
         """
         count = self.sequences_per_step // world_size
-        first = (step - 1) * self.sequences_per_step + rank * count
+        first = self._consumed(step - 1) + rank * count
         starts = np.empty(count, dtype=np.int64)
         for row, number in enumerate(range(first, first + count)):
             epoch, window = divmod(number, self.windows_per_epoch)
@@ -78,8 +100,8 @@ def validation_batches(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The whole held-out text in consecutive windows: each token but the first predicted once.
 
-    Batches are spread over the processes, each gets as many, and all have the same shape: what is
-    missing at the end is filled with token 0 and labels `ignore_index`.
+    Every process gets the same number of batches, all of the same shape: the end is filled with
+    token 0 and labels `ignore_index`.
 
     Yields:
         input_ids and labels, each (batch_size, sequence_length), int64.

@@ -5,8 +5,10 @@ Each directory of the cache is named by a hash of what it was made from, and is 
 The text is read, tokenized and written as a stream on all cores.
 """
 
+import contextlib
+import errno
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -21,7 +23,7 @@ from smollm.data import documents, tokenizer
 from smollm.data.documents import Piece, Scan, Text
 from smollm.errors import InputError
 
-FORMAT = 1  # of the cache
+FORMAT = 2  # of the cache; 1 kept byte-order marks inside of a text
 TRAIN, VALIDATION, COUNTS, TOKENIZER = (
     "train.npy", "validation.npy", "counts.json", "tokenizer.json",
 )  # fmt: skip
@@ -66,10 +68,7 @@ def prepare(
     documents.check_text_file(path)
     cache = Path(config.data.cache_dir)
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with atomic.lock(cache / ".lock", wait=log):  # of two runs on one cache, one tokenizes
-            if swept := atomic.sweep(cache):
-                log(f"{cache}: after an interruption: {', '.join(swept)}")
+        with _locked(cache, log):
             corpus = _prepare(config, path, tokenizer_json, log)
     except OSError as error:
         raise InputError(
@@ -80,10 +79,30 @@ def prepare(
     return corpus
 
 
+@contextlib.contextmanager
+def _locked(cache: Path, log: Log) -> Iterator[None]:
+    """Hold the cache, of which one run at a time may make a part; one that is read-only serves."""
+    with contextlib.ExitStack() as stack:
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(atomic.lock(cache / ".lock", wait=log))
+            if swept := atomic.sweep(cache):
+                log(f"{cache}: after an interruption: {', '.join(swept)}")
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+        yield
+
+
 def _prepare(config: Config, path: Path, tokenizer_json: str | None, log: Log) -> Corpus:
     """The corpus from the cache, where what is missing or damaged is made first."""
     text = Text(path)
-    scan = functools.cache(lambda: documents.scan(path, config.data.validation_fraction))
+
+    @functools.cache
+    def scan() -> Scan:
+        report = documents.progress(text, "reading", log)
+        return documents.scan(path, config.data.validation_fraction, report)
+
     cache = Path(config.data.cache_dir)
     if tokenizer_json is not None:
         chosen = tokenizer.parse(tokenizer_json, "the checkpoint's tokenizer.json")
@@ -105,7 +124,7 @@ def _prepare(config: Config, path: Path, tokenizer_json: str | None, log: Log) -
     if wrong:
         if directory.exists():
             log(f"{directory}: {wrong}; tokenizing again")
-        _tokenize(text, chosen, scan(), directory)
+        _tokenize(text, chosen, scan(), directory, log)
     train, validation = (np.load(directory / name, mmap_mode="r") for name in (TRAIN, VALIDATION))
     count = atomic.read_json(directory / COUNTS)["documents"]
     return Corpus(train, validation, chosen, count, fingerprint)
@@ -156,9 +175,15 @@ class _TokenWriter:
         self.file.close()
 
 
-def _tokenize(text: Text, chosen: Tokenizer, scan: Scan, final: Path) -> None:
+def _tokenize(text: Text, chosen: Tokenizer, scan: Scan, final: Path, log: Log) -> None:
     """Tokenize the text as a stream into the two token files of the directory `final`."""
-    small = chosen.get_vocab_size() <= 2**16
+    if scan.inside:
+        count = "1 document" if scan.documents == 1 else f"{scan.documents:,} documents"
+        log(
+            f"{text.path}: {count}; {scan.inside:,} lines contain the separator "
+            f"{documents.SEPARATOR}, but not alone: they divide nothing"
+        )
+    small = tokenizer.size(chosen) <= 2**16
     dtype = np.dtype(np.uint16 if small else np.uint32)
     temporary = atomic.temporary_directory(final)
     # At most one token a byte; a byte-level BPE makes far fewer, so ask for room for half of that.
@@ -176,7 +201,9 @@ def _tokenize(text: Text, chosen: Tokenizer, scan: Scan, final: Path) -> None:
         fault_injection.point("cache.batch")
 
     size = 0
-    for piece in documents.split_pieces(text.path, scan.cut):
+    longest = tokenizer.longest_piece(chosen)
+    report = documents.progress(text, "tokenizing", log)
+    for piece in documents.split_pieces(text.path, scan.cut, longest, report):
         batch.append(piece)
         size += len(piece.text)
         if size >= BATCH or len(batch) >= 65536:
@@ -193,11 +220,12 @@ def _tokenize(text: Text, chosen: Tokenizer, scan: Scan, final: Path) -> None:
 
 def _check_vocabulary(chosen: Tokenizer, config: Config, log: Log) -> None:
     """The tokenizer must fit the embedding; a smaller one is worth a line."""
-    entries, rows = chosen.get_vocab_size(), config.model.vocab_size
-    if entries > rows:
+    entries, rows, needed = chosen.get_vocab_size(), config.model.vocab_size, tokenizer.size(chosen)
+    if needed > rows:
+        gaps = "" if needed == entries else f", the highest id is {needed - 1:,}"
         raise InputError(
-            f"tokenizer.source {config.tokenizer.source}: has {entries:,} entries, more than "
-            f"model.vocab_size {rows:,}; set model.vocab_size={entries}"
+            f"tokenizer.source {config.tokenizer.source}: has {entries:,} entries{gaps}, more than "
+            f"model.vocab_size {rows:,}; set model.vocab_size={needed}"
         )
     if entries < rows:
         log(f"the tokenizer has {entries:,} entries; {rows - entries:,} embedding rows stay unused")

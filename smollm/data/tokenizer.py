@@ -1,5 +1,6 @@
 """Tokenizers: GPT-2's, one learned from the text, or any tokenizer.json."""
 
+import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from smollm.data.documents import SEPARATOR
 from smollm.errors import InputError
 
 PAD = "<|pad|>"
+LONGEST_DOCUMENT = 64 * 1024 * 1024  # characters, for tokenizers that cannot be cut
 END_TOKENS = (SEPARATOR, "<|end_of_text|>", "</s>", "<eos>")  # the first that a tokenizer knows
 SPECIAL_TOKENS = (SEPARATOR, PAD)  # of a learned tokenizer
 _LONG_WORD = re.compile(r"\S{4096}")  # learning from longer ones is very slow
@@ -54,8 +56,34 @@ def parse(text: str, where: str) -> Tokenizer:
     tokenizer.no_padding()
     if tokenizer.token_to_id(PAD) is None:
         tokenizer.add_special_tokens([PAD])
+        ids = list(tokenizer.get_vocab().values())
+        if ids.count(tokenizer.token_to_id(PAD)) > 1:
+            raise InputError(
+                f"{where}: its ids have gaps, and {PAD} would share one with another entry; add "
+                f"{PAD} to it with an id of its own"
+            )
     end_token(tokenizer, where)
     return tokenizer
+
+
+def size(tokenizer: Tokenizer) -> int:
+    """Rows of an embedding that it needs: the highest id + 1, for ids may have gaps."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def longest_piece(tokenizer: Tokenizer) -> int | None:
+    """None where a text may be cut between a word and a space without changing a token.
+
+    So it is for a byte-level BPE without a normalizer or a prefix space (GPT-2's, Llama 3's,
+    SmolLM2's, ours). Others (Metaspace, SentencePiece) begin each text with a prefix, so a document
+    is tokenized whole: the most characters that one may have.
+    """
+    content = json.loads(tokenizer.to_str())
+    steps = content["pre_tokenizer"] or {}
+    steps = steps.get("pretokenizers", [steps])
+    prefix = any(step.get("add_prefix_space") or step.get("prepend_scheme") for step in steps)
+    safe = steps[-1].get("type") == "ByteLevel" and not prefix and content["normalizer"] is None
+    return None if safe else LONGEST_DOCUMENT
 
 
 def end_token(tokenizer: Tokenizer, where: str = "the tokenizer") -> int:

@@ -20,7 +20,7 @@ def perplexity(loss: float) -> float:
 
 
 class Metrics:
-    """Appends events to metrics.jsonl, cut back to the resumed step; another run's is renamed.
+    """Appends to metrics.jsonl, less the lines after the resumed step; another run's is renamed.
 
     Raises:
         ResourceError: the directory cannot be written.
@@ -32,8 +32,8 @@ class Metrics:
         self.waiting: list[str] = []  # lines that could not be written yet
         self.failing = False
         try:
-            known = wandb_run.read_id(path.parent)
-            if path.exists() and step > 0 and known in (None, run_id):
+            is_ours = wandb_run.read_id(path.parent) == run_id
+            if path.exists() and step > 0 and (is_ours or not wandb_run.has_id(path.parent)):
                 self._cut_back(step)
             elif path.exists():
                 os.rename(path, older := self._numbered())

@@ -124,18 +124,19 @@ class Tracker:
         log_dir: for metrics.jsonl, plots and W&B's files; None: nothing is written but log lines.
         step, last: the steps that the run goes on from and goes to.
         hurry: whether a signal asked for the end.
+        parent: the run and checkpoint that this run was started from, if of another run.
     """
 
     def __init__(
         self, config: Config, log_dir: Path | None, logger: logging.Logger, run_id: str,
-        step: int, last: int, hurry: Callable[[], bool],
+        step: int, last: int, hurry: Callable[[], bool], parent: str | None = None,
     ) -> None:  # fmt: skip
         self.log_dir, self.logger, self.last = log_dir, logger, last
         self.bar: tqdm | None = None
         if log_dir is None:
             return
         self.metrics = Metrics(log_dir / "metrics.jsonl", step, run_id, logger.info)
-        self.wandb = WandbRun(config, run_id, log_dir, logger.info, hurry)
+        self.wandb = WandbRun(config, run_id, log_dir, logger.info, hurry, parent)
         self._log_code()
         if sys.stderr.isatty():
             self.bar = tqdm(total=last, initial=step, unit="step", dynamic_ncols=True, smoothing=0)
@@ -151,7 +152,7 @@ class Tracker:
         return "false" if self.log_dir is None else self.wandb.settings.log_model
 
     def log(self, line: str) -> None:
-        """A line for people, on the console and in the log."""
+        """Log a line to the console and the log file."""
         self.logger.info(line)
 
     def tick(self) -> None:
@@ -163,7 +164,7 @@ class Tracker:
                 self.bar = None
 
     def event(self, kind: str, step: int, **values: Any) -> None:
-        """An event of metrics.jsonl, W&B and, as one line, the console and the log."""
+        """Record an event in metrics.jsonl and W&B, and log it as one line."""
         if self.log_dir is None:
             return
         event = {"event": kind, "step": step, **values}
@@ -178,9 +179,9 @@ class Tracker:
         """Draw plots and samples.txt anew; an error there must not stop the run: it is logged."""
         if self.log_dir is None:
             return
-        from smollm.tracking import plots  # matplotlib takes a second to import
-
         try:
+            from smollm.tracking import plots  # matplotlib takes a second to import
+
             events = self.metrics.events()
             samples = [event for event in events if event["event"] == "sample"]
             if samples and samples[-1]["step"] == step:

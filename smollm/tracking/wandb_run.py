@@ -4,8 +4,8 @@ The thread takes jobs from a queue. When a job fails, or W&B cannot be reached, 
 and later jobs are dropped. Nothing ever prompts. `wandb.mode: auto` is online where an API key is
 found, and offline otherwise.
 
-WANDB_PROJECT, WANDB_WATCH and WANDB_LOG_MODEL are read: one that differs from the specification's
-value, which env.sh exports, wins over the configuration.
+env.sh exports the specification's values of WANDB_PROJECT, WANDB_WATCH and WANDB_LOG_MODEL: one
+that is set to anything else wins over the configuration.
 """
 
 import dataclasses
@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from smollm import atomic
 from smollm.config import Config, WandbConfig, to_dict
+from smollm.errors import ConfigError
 
 INIT_SECONDS = 30  # to reach the server at the start
 FINISH_SECONDS = 45  # to hand over what is left at the end
@@ -29,24 +31,37 @@ HURRY_SECONDS = 10  # the same when a signal asked for the end
 _ID_FILE = "wandb_run_id"  # in save_dir and in log_dir
 Log = Callable[[str], None]
 _SPECIFIED = {"project": "smollm2-training", "watch": "gradients", "log_model": "true"}
-_WORDS = {"end": "true", "checkpoint": "all"}  # WANDB_LOG_MODEL as the HF Trainer spells it
+_MODES = {  # WANDB_MODE's words, old ones and those of other tools included
+    "online": "online", "offline": "offline", "disabled": "disabled", "run": "online",
+    "dryrun": "offline", "off": "disabled", "false": "disabled",
+}  # fmt: skip
+# Other words for the choices: the HF Trainer's, and those that switch something off elsewhere.
+_WORDS = {"end": "true", "checkpoint": "all", **dict.fromkeys(("0", "no", "off", "none"), "false")}
 
 
 def settings(config: WandbConfig) -> WandbConfig:
-    """The wandb section with the environment's WANDB_* variables applied."""
+    """The wandb section with the environment's WANDB_* variables applied.
+
+    Raises:
+        ConfigError: a variable has a word that is not among its choices.
+    """
     values = dict(vars(config))
     fields = {field.name: field for field in dataclasses.fields(WandbConfig)}
     for key, specified in _SPECIFIED.items():
         text = os.environ.get(f"WANDB_{key.upper()}", "")
         text = _WORDS.get(text.lower(), text)
         choices = fields[key].metadata["choices"]
-        if text and text != specified and (not choices or text in choices):
+        if text and choices and text not in choices:
+            raise ConfigError(
+                f"WANDB_{key.upper()}={text!r}: expected one of {', '.join((*choices, *_WORDS))}"
+            )
+        if text and text != specified:
             values[key] = text
     return WandbConfig(**values)
 
 
 def has_api_key() -> bool:
-    """Whether W&B would find an API key: in the environment or in ~/.netrc. Asks nobody."""
+    """Whether W&B would find an API key: in the environment or in ~/.netrc. Never prompts."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
@@ -58,10 +73,18 @@ def has_api_key() -> bool:
 
 
 def choose_mode(config: WandbConfig) -> tuple[str, str]:
-    """online, offline or disabled, and why. WANDB_MODE wins over the configuration."""
-    named = os.environ.get("WANDB_MODE", "").lower()
-    if named in ("online", "offline", "disabled"):
-        return named, "WANDB_MODE"
+    """online, offline or disabled, and why. The environment wins over the configuration.
+
+    Raises:
+        ConfigError: WANDB_MODE is a word that nobody knows: a misread one must never upload.
+    """
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on"):
+        return "disabled", "WANDB_DISABLED"
+    named = os.environ.get("WANDB_MODE", "").strip().lower()
+    if named and named not in _MODES:
+        raise ConfigError(f"WANDB_MODE={named!r}: expected one of {', '.join(_MODES)}")
+    if named:
+        return _MODES[named], "WANDB_MODE"
     if config.mode != "auto":
         return config.mode, "wandb.mode"
     if has_api_key():
@@ -70,7 +93,7 @@ def choose_mode(config: WandbConfig) -> tuple[str, str]:
 
 
 def new_id() -> str:
-    """A fresh run id, from no random generator of the run's."""
+    """A fresh run id; draws from none of the run's random generators."""
     return secrets.token_hex(4)
 
 
@@ -81,9 +104,15 @@ def read_id(directory: Path) -> str | None:
     return known if re.fullmatch("[0-9A-Za-z_-]{1,64}", known) else None
 
 
+def has_id(directory: Path) -> bool:
+    """Whether a run noted its id in a directory, valid or not."""
+    return (directory / _ID_FILE).exists()
+
+
 def write_id(directory: Path, run_id: str) -> None:
     """Note in a directory which run uses it."""
-    (directory / _ID_FILE).write_text(run_id + "\n", encoding="utf-8")
+    with atomic.replacing(directory / _ID_FILE) as temporary:
+        temporary.write_text(run_id + "\n", encoding="utf-8")
 
 
 class WandbRun:
@@ -96,9 +125,10 @@ class WandbRun:
     """
 
     def __init__(
-        self, config: Config, run_id: str, directory: Path, log: Log, hurry: Callable[[], bool]
-    ) -> None:
-        self.config = config
+        self, config: Config, run_id: str, directory: Path, log: Log, hurry: Callable[[], bool],
+        parent: str | None,
+    ) -> None:  # fmt: skip
+        self.config, self.parent = config, parent
         self.settings = settings(config.wandb)
         self.mode, reason = choose_mode(self.settings)
         self.run_id, self.directory, self.log, self.hurry = run_id, directory, log, hurry
@@ -151,7 +181,7 @@ class WandbRun:
             while (job := self.jobs.get()) is not None and not self.failed:
                 job(run)
             run.finish()
-        except BaseException as error:  # tracking must never stop a run (DESIGN: W&B)
+        except BaseException as error:  # tracking must never stop a run
             text = " ".join(str(error).split())[:200]
             self._fail(f"{type(error).__name__}: {text}")
 
@@ -171,7 +201,7 @@ class WandbRun:
             resume="allow" if self.mode == "online" else None,
             mode=self.mode,
             dir=str(self.directory),
-            config=to_dict(self.config),
+            config={**to_dict(self.config), "parent": self.parent},
             settings=wandb.Settings(init_timeout=INIT_SECONDS),
         )
         run.define_metric("step")

@@ -57,7 +57,7 @@ def fit_memory(run: Run) -> None:
 
 
 def _probe_model(run: Run) -> tuple[CausalLM, Callable[..., Tensor]]:
-    """The model to try and its loss; where it is sharded, a whole one of the same shape instead.
+    """The model to try and its loss; for a sharded model, an unsharded one of the same shape.
 
     FSDP keeps gradients that were not shared, and a backward pass that failed leaves its
     parameters unusable. A whole model takes more memory than a sharded one, so it is a safe bound.
@@ -68,7 +68,7 @@ def _probe_model(run: Run) -> tuple[CausalLM, Callable[..., Tensor]]:
     initialize(twin, torch.Generator().manual_seed(0))
     twin = twin.to(run.hardware.device).train()
     twin.model.gradient_checkpointing = run.config.training.gradient_checkpointing
-    hardware.compile_model(twin, run.config.training.compile, run.hardware.device, fullgraph=True)
+    hardware.compile_model(twin, run.hardware, fullgraph=True)
     return twin, twin
 
 

@@ -1,6 +1,9 @@
 """The optimizer, its learning rate, and how a step's sequences are divided."""
 
+import dataclasses
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -28,12 +31,66 @@ def learning_rate(step: int, training: TrainingConfig) -> float:
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def describe_optimizer(training: TrainingConfig) -> str:
-    """The optimizer and its schedule in words."""
+@dataclass(frozen=True)
+class Rates:
+    """The learning rates of the steps that a run will take."""
+
+    first: float
+    highest: float
+    highest_step: int
+    last: float
+
+
+def planned_rates(training: TrainingConfig, first: int, last: int) -> Rates:
+    """The rates of steps `first` to `last`. They rise until the end of the warm-up, then fall."""
+    first = min(first, last)  # where only an evaluation is left
+    peak = max(first, min(training.warmup_steps, training.train_steps, last))
+    candidates = {step: learning_rate(step, training) for step in (first, peak, peak + 1, last)}
+    allowed = {step: rate for step, rate in candidates.items() if first <= step <= last}
+    top = max(allowed, key=lambda step: allowed[step])
+    return Rates(candidates[first], allowed[top], top, candidates[last])
+
+
+def describe_optimizer(training: TrainingConfig, first: int, last: int) -> str:
+    """The optimizer and the learning rates that will be used, in words."""
+    rates = planned_rates(training, first, last)
     return (
-        f"AdamW, learning rate {training.learning_rate:g}, {training.schedule} to "
-        f"{training.min_learning_rate:g} at step {training.train_steps:,}"
+        f"AdamW, learning rate {rates.first:.3g} at step {first:,}, at most {rates.highest:.3g} at "
+        f"step {rates.highest_step:,}, {training.schedule} to {rates.last:.3g} at step {last:,}"
     )
+
+
+def rate_warnings(
+    training: TrainingConfig, before: TrainingConfig | None, first: int, last: int
+) -> Iterator[str]:
+    """Settings of the schedule that do not do what their names say in steps `first` to `last`.
+
+    Args:
+        before: the training section that the checkpoint was trained with; None for a fresh run.
+    """
+    rates = planned_rates(training, first, last)
+    if first <= training.warmup_steps and training.train_steps < training.warmup_steps:
+        yield (
+            f"warning: training.warmup_steps {training.warmup_steps} is longer than the "
+            f"{training.train_steps} steps: the rate reaches {rates.highest:.3g}, not "
+            f"training.learning_rate {training.learning_rate:g}"
+        )
+    for key in ("learning_rate", "min_learning_rate", "schedule", "warmup_steps"):
+        value = getattr(training, key)
+        if before is None or value == getattr(before, key):
+            continue
+        without = dataclasses.replace(training, **{key: getattr(before, key)})
+        if planned_rates(without, first, last) == rates:
+            yield (
+                f"warning: training.{key} {value} has no effect here: the rate of steps {first:,} "
+                f"to {last:,} is {rates.first:.3g} to {rates.last:.3g}"
+            )
+    if before and before.train_steps < training.train_steps and first > before.train_steps:
+        yield (
+            f"extended: the schedule ended at step {before.train_steps:,} and is stretched to "
+            f"{training.train_steps:,}: the rate goes from "
+            f"{learning_rate(first - 1, before):.3g} to {rates.first:.3g} at step {first:,}"
+        )
 
 
 def build_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:

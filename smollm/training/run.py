@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import math
 import platform
 import time
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from model import (
     count_parameters,
     flops_per_token,
 )
-from smollm import distributed, fault_injection, generation, hardware, ranks
+from smollm import atomic, distributed, fault_injection, generation, hardware, ranks
 from smollm.checkpoint import huggingface, state, store
 from smollm.checkpoint.writer import Writer
 from smollm.config import Config, to_dict
@@ -39,6 +40,7 @@ from smollm.training.job import Job
 from smollm.training.optimizer import learning_rate
 from smollm.training.step import StepResult, TrainStep, layer_norms
 
+SLOW_FACTOR = 3.0
 SIGNAL_STEPS = 8  # how often several processes find out together whether one received a signal
 
 
@@ -97,8 +99,11 @@ class Run:
     writer: Writer
     host_copy: state.HostCopy
     stopwatch: Stopwatch
+    parent: str | None  # run id and checkpoint that this run was started from, if of another run
     resumed_phase: int  # of the checkpoint that the run goes on from; of the job, if it is fresh
     announced: bool = False  # whether the expected time was said
+    fastest: float = math.inf  # seconds of a step
+    slow_said: bool = False
 
     @property
     def config(self) -> Config:
@@ -142,7 +147,9 @@ class Run:
 
     def checks_signals(self, step: int) -> bool:
         """Whether to read this step in case a signal came; the same answer on every process."""
-        return step % SIGNAL_STEPS == 0 if ranks.world_size() > 1 else self.interrupted()
+        if ranks.world_size() == 1:
+            return self.interrupted()
+        return step % SIGNAL_STEPS == 0 or self.hardware.device.type == "cpu"
 
     def interrupted(self) -> bool:
         """Whether this process may stop at once: it is alone, and a signal came."""
@@ -198,10 +205,24 @@ class Run:
         clipped_by = max(1.0, result.grad_norm / config.training.max_grad_norm)
         norms = layer_norms(self.model, clipped_by)
         self.tracker.event("gradients", progress.step, norms=norms)
+        self._watch_speed(seconds)
         if not self.announced:
             left = duration((self.job.last - progress.step) * seconds)
             self.tracker.log(f"about {left} to go, besides evaluations and samples")
             self.announced = True
+
+    def _watch_speed(self, seconds: float) -> None:
+        """Say once when steps suddenly take three times as long as the fastest before."""
+        fastest, self.fastest = self.fastest, min(seconds, self.fastest)
+        if seconds > SLOW_FACTOR * fastest and not self.slow_said:
+            self.slow_said = True
+            why = "another process may use the GPU, or it is throttled"
+            if self.hardware.device.type == "cpu":
+                why = "another process may use the CPU: each of our threads waits for the slowest"
+            self.tracker.log(
+                f"step {self.progress.step}: a step takes {seconds:.2g} s, {seconds / fastest:.1f} "
+                f"times as long as before; {why}"
+            )
 
     def evaluate(self) -> bool:
         """The loss on the held-out text; returns False where a signal interrupted it."""
@@ -301,6 +322,8 @@ class Run:
             "phase": self.job.phase,
             "phase_end": self.progress.step == self.job.last,
             "wandb_run_id": self.run_id,
+            "parent": self.parent,
+            "position": dataclasses.asdict(self.dataset.position(self.progress.step)),
             "data": self.corpus.fingerprint,
             "world_size": ranks.world_size(),
             "versions": {
@@ -328,6 +351,11 @@ class Run:
         return {**documents, store.MODEL_CARD: card}
 
     @property
+    def is_best(self) -> bool:
+        """Whether the model as it is now has the lowest loss so far, and the best one is kept."""
+        return self.config.checkpoint.keep_best and self.progress.best_step == self.progress.step
+
+    @property
     def is_complete(self) -> bool:
         """Whether the last step was taken and evaluated."""
         return self.progress.step == self.job.last and self.progress.val_loss is not None
@@ -351,6 +379,8 @@ class Run:
         final = store.directory_of(job.save_dir, progress.step)
         if self.is_complete:
             best = f"; best val_loss {progress.best_val_loss:.4f} at step {progress.best_step}"
+            if not store.directory_of(job.save_dir, progress.best_step).is_dir():
+                best += " (not kept)"
             self.tracker.log(
                 f"phase {job.phase} complete: step {progress.step:,}, {human(progress.tokens)} "
                 f"tokens, {duration(progress.elapsed_seconds)}{best}; {final}"
@@ -364,7 +394,7 @@ class Run:
         """Hand the best and the final checkpoint to W&B, where `wandb.log_model` asks for them."""
         if self.tracker.logged_models != "true":
             return
-        best = (self.job.save_dir / store.BEST).resolve()
+        best = atomic.follow(self.job.save_dir / store.BEST).resolve()
         if best.is_dir() and best != final.resolve():
             self.tracker.log_model(model_files(best), ["best"])
         self.tracker.log_model(model_files(final), ["final", f"phase-{self.job.phase}"])

@@ -12,17 +12,22 @@ from model import CausalLM, initialize
 from smollm import atomic, distributed, generation, hardware, randomness, ranks
 from smollm.checkpoint import resume, state, store
 from smollm.checkpoint.writer import Writer
-from smollm.config import Config
+from smollm.config import Config, from_dict
 from smollm.data import token_cache
-from smollm.data.batches import TokenDataset
+from smollm.data.batches import Position, TokenDataset
 from smollm.data.token_cache import Corpus
-from smollm.errors import ResourceError, UserError
+from smollm.errors import ResourceError, UserError, is_memory_full
 from smollm.hardware import Hardware
 from smollm.tracking import wandb_run
 from smollm.tracking.tracker import Tracker, start_logging
 from smollm.training.job import Job
 from smollm.training.memory import fit_memory
-from smollm.training.optimizer import build_optimizer, describe_optimizer, micro_batch_size
+from smollm.training.optimizer import (
+    build_optimizer,
+    describe_optimizer,
+    micro_batch_size,
+    rate_warnings,
+)
 from smollm.training.run import Progress, Run, Stopwatch, model_files
 from smollm.training.step import TrainStep
 
@@ -46,7 +51,8 @@ def running(job: Job) -> Iterator[Run]:
     else:
         with hardware.step_conditions(run.hardware), _errors_reported(run):
             if run.hardware.device.type == "cuda" and job.config.training.fit_memory:
-                fit_memory(run)
+                with run.stopwatch.pause():
+                    fit_memory(run)
             yield run
             run.finish()
     # Not after an error: ranks that still communicate would keep this one waiting, and torchrun
@@ -61,15 +67,16 @@ def _errors_reported(run: Run) -> Iterator[None]:
         yield
     except BaseException as error:
         run.writer.wait()  # `cli.leave` waits for no thread, and this checkpoint may be the last
-        if isinstance(error, torch.OutOfMemoryError):
-            said: BaseException = ResourceError(
-                f"step {run.progress.step + 1}: the GPU's memory is full; set "
+        said = error
+        if isinstance(error, torch.OutOfMemoryError) or is_memory_full(error):
+            which = "GPU" if run.hardware.device.type == "cuda" else "machine"
+            said = ResourceError(
+                f"step {run.progress.step + 1}: the {which}'s memory is full; set "
                 "training.gradient_checkpointing=full, or halve training.batch_size and double "
-                f"training.gradient_accumulation_steps ({str(error).splitlines()[0]})"
+                f"training.gradient_accumulation_steps ({[*str(error).splitlines(), ''][0]})"
             )
-        else:
-            said = error
         if isinstance(said, UserError):
+            run.job.stop.deferred = True  # torchrun's SIGTERM must not change the exit code now
             run.tracker.log(f"error: {said}")
             run.tracker.close(run.job.phase)
         if said is error:
@@ -94,15 +101,19 @@ def set_up(job: Job, logger: logging.Logger, corpus: Corpus | None = None) -> Ru
     if saved:
         state.load_optimizer(parallel.model, optimizer, saved)
     dataset = TokenDataset(
-        corpus.train, config.data.sequence_length, config.sequences_per_step, config.training.seed
-    )
-    progress, run_id = _progress_of(saved, job.save_dir)
-    _check_disk(job, state.checkpoint_bytes(parallel.model, optimizer), log)
+        corpus.train, config.data.sequence_length, config.sequences_per_step, config.training.seed,
+        state.data_position(config, corpus, saved) if saved else Position(),
+    )  # fmt: skip
+    progress, run_id, parent = _progress_of(job, saved, corpus)
+    if saved:
+        randomness.restore_global(saved.training_state)  # nothing of ours draws after it
+    if ranks.is_main():
+        _check_disk(job, state.checkpoint_bytes(parallel.model, optimizer), log)
     if job.writes:
         wandb_run.write_id(job.save_dir, run_id)
     tracker = Tracker(
         config, job.log_dir if job.writes else None, logger, run_id, progress.step, job.last,
-        hurry=lambda: job.stop.number != 0,
+        hurry=lambda: job.stop.number != 0, parent=parent,
     )  # fmt: skip
 
     def report_saved(checkpoint: store.Checkpoint, path: Path, size: int, stall: float) -> None:
@@ -124,11 +135,12 @@ def set_up(job: Job, logger: logging.Logger, corpus: Corpus | None = None) -> Ru
         host_copy=state.HostCopy(parallel.model, optimizer, job.writes),
         stopwatch=Stopwatch(progress.elapsed_seconds, progress.step),
         resumed_phase=saved.trainer_state["phase"] if saved else job.phase,
+        parent=parent,
     )
-    for line in describe(run):
+    before = from_dict(saved.trainer_state["config"]).training if saved else None
+    first = progress.step + 1
+    for line in [*describe(run), *rate_warnings(config.training, before, first, job.last)]:
         log(line)
-    if saved:
-        randomness.restore_global(saved.training_state)  # last: nothing draws after it
     return run
 
 
@@ -139,11 +151,10 @@ def _open_corpus(job: Job, saved: store.Checkpoint | None, log: Callable[[str], 
         corpus = token_cache.prepare(job.config, job.input_file, tokenizer_json, log)
     if saved:
         for line in resume.check_compatible(job.config, corpus.fingerprint, saved):
-            log(f"changed since the checkpoint: {line}")
+            log(line)
     # A prompt that leaves no room would end the run at the first sample.
-    settings = job.config.generation
-    prompts = settings.prompts[: settings.num_samples]
-    generation.encode_prompts(corpus.tokenizer, prompts, settings)
+    settings, limit = job.config.generation, job.config.model.max_position_embeddings
+    generation.encode_prompts(corpus.tokenizer, settings.prompts, settings, limit)
     return corpus
 
 
@@ -162,22 +173,31 @@ def _build_model(
         initialize(model, torch.Generator().manual_seed(weights_seed))
     model = model.to(machine.device).train()
     sharded = ranks.world_size() > 1 and config.training.parallel == "fsdp"
-    hardware.compile_model(  # FSDP's hooks break the graph
-        model, config.training.compile, machine.device, fullgraph=not sharded
-    )
+    hardware.compile_model(model, machine, fullgraph=not sharded)  # FSDP's hooks break the graph
     return distributed.parallelize(model, machine.device, sharded)
 
 
-def _progress_of(saved: store.Checkpoint | None, save_dir: Path) -> tuple[Progress, str]:
-    """The counters and the W&B run id to start from."""
+def _progress_of(
+    job: Job, saved: store.Checkpoint | None, corpus: Corpus
+) -> tuple[Progress, str, str | None]:
+    """The counters to start from, the W&B run id, and the checkpoint that another run began with.
+
+    A run that starts from another directory's checkpoint is a run of its own; one whose directory
+    was moved is not.
+    """
     if saved is None:
         # A run that ended before its first checkpoint left its id in save_dir.
-        run_id = wandb_run.read_id(save_dir) or wandb_run.new_id()
-        return Progress(), distributed.from_main(run_id)
+        run_id = wandb_run.read_id(job.save_dir) or wandb_run.new_id()
+        return Progress(), distributed.from_main(run_id), None
     found = saved.trainer_state
     names = [f.name for f in dataclasses.fields(Progress) if f.name in found]
-    run_id = found.get("wandb_run_id") or wandb_run.new_id()
-    return Progress(**{name: found[name] for name in names}), distributed.from_main(run_id)
+    progress = Progress(**{name: found[name] for name in names})
+    if resume.changed_input(corpus.fingerprint, saved):
+        progress.val_loss = progress.best_val_loss = progress.best_step = None
+    run_id, parent = found.get("wandb_run_id"), found.get("parent")
+    if not resume.is_of(job.save_dir, job.resume_from):
+        run_id, parent = wandb_run.read_id(job.save_dir), f"{run_id}, {job.resume_from}"
+    return progress, distributed.from_main(run_id or wandb_run.new_id()), parent
 
 
 def describe(run: Run) -> list[str]:
@@ -189,13 +209,14 @@ def describe(run: Run) -> list[str]:
     start = f"fresh, seed {config.training.seed}"
     if job.resume_from:
         start = f"resumed from {job.resume_from}"
-    epochs = dataset.epoch(job.last)
+    first, epochs = run.progress.step + 1, dataset.epoch(job.last)
     size = state.checkpoint_bytes(run.model, run.train_step.optimizer)
     rows = [
         ("phase", f"{job.phase}: steps {run.progress.step:,} -> {job.last:,} ({start})"),
         ("device", f"{hardware.name(run.hardware.device)}{processes}, torch {torch.__version__}"),
         ("precision", f"{str(run.hardware.dtype).removeprefix('torch.')} compute, float32 weights"),
         ("attention", run.hardware.attention_reason),
+        *([("compile", f"no: {why}")] if (why := run.hardware.compile_reason) else []),
         ("parameters", f"{run.parameters.total:,} ({run.parameters.matrices:,} in matrices)"),
         ("data", run.corpus.conservation()),
         (
@@ -204,14 +225,13 @@ def describe(run: Run) -> list[str]:
             f"{config.data.sequence_length:,} tokens = {config.tokens_per_step:,} tokens per step",
         ),
         ("epochs", f"{epochs:,.1f} over {len(dataset.tokens):,} tokens"),
-        ("optimizer", describe_optimizer(config.training)),
+        ("optimizer", describe_optimizer(config.training, first, job.last)),
         ("checkpoints", f"{job.save_dir}, {size / 1e6:,.0f} MB each"),
-        ("expected time", "said after the first steps"),
     ]
     lines = [f"{name:<14} {value}" for name, value in rows]
     if epochs > MEMORISED_EPOCHS:
         lines.append(
-            f"warning: {epochs:,.0f} epochs over this text: the model will learn it by heart "
+            f"warning: {epochs:,.0f} epochs over this text: the model will memorize it "
             f"(beyond about {MEMORISED_EPOCHS} repeats add little); use a longer text or fewer "
             "steps for a model that generalises"
         )

@@ -69,8 +69,8 @@ class TrainStep:
             input_ids, labels: (sequences of this process, T) int64.
 
         Returns:
-            Whether it was taken. Alone, a process that received a signal gives it up between two
-            micro-batches, and nothing is changed.
+            False if a signal came between two micro-batches (one process only): no weight was
+            changed then.
         """
         training = self.config.training
         self.optimizer.zero_grad(set_to_none=True)

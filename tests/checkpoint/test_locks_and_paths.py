@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import shutil
 import signal
 import socket
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -76,15 +74,6 @@ def test_left_overs_are_swept_and_reported(root, capsys):
     for name in ("step_000030-999", "step_000005-999", "latest-999"):
         assert f"{name} removed" in error
     assert {".keep", ".lock", "latest", "step_000010", "step_000020"} == set(os.listdir(root))
-
-
-@pytest.fixture
-def open_tmp() -> Iterator[Path]:
-    """A directory that other users can reach (pytest's own are closed to them)."""
-    path = Path(tempfile.mkdtemp(dir="/tmp"))
-    path.chmod(0o777)
-    yield path
-    shutil.rmtree(path)
 
 
 GOOD_PATHS = [

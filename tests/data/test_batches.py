@@ -8,7 +8,7 @@ from hashlib import sha256
 import numpy as np
 import pytest
 
-from smollm.data.batches import TokenDataset, validation_batches
+from smollm.data.batches import Position, TokenDataset, validation_batches
 from smollm.randomness import derive_seed
 
 # (tokens, sequence length, sequences per step): a rest, no rest, one window, several epochs a step
@@ -139,3 +139,36 @@ def test_derived_seeds_are_pure_and_distinct():
     assert all(0 <= seed < 2**63 for seed in seeds)
     digest = sha256(b"42/7/sample").digest()
     assert derive_seed(42, 7, "sample") == int.from_bytes(digest[:8], "big") // 2
+
+
+def _windows(dataset: TokenDataset, first: int, last: int) -> list[int]:
+    """The first target of each window of some steps, in order."""
+    return [int(x) for step in range(first, last + 1) for x in dataset.batch(step)[1][:, 0]]
+
+
+@pytest.mark.parametrize("trials", [20, pytest.param(400, marks=pytest.mark.slow)])
+def test_a_changed_batch_skips_and_repeats_no_window(trials):
+    """Whatever batch a run goes on with, as often as it is changed: each window once an epoch."""
+    seed = 17
+    print(f"seed {seed}, {trials} runs")
+    rng = random.Random(seed)
+    tokens = np.arange(1000, dtype=np.uint16)
+    for _ in range(trials):
+        whole = TokenDataset(tokens, 7, 1, seed=3)  # one window a step: the order itself
+        start, seen = Position(), []
+        while len(seen) < 3 * whole.windows_per_epoch:
+            dataset = TokenDataset(tokens, 7, rng.randint(1, 60), 3, start)
+            last = start.step + rng.randint(1, 9)
+            seen += _windows(dataset, start.step + 1, last)
+            start = dataset.position(last)
+            assert dataset.epoch(last) == pytest.approx(len(seen) / whole.windows_per_epoch)
+        assert seen == _windows(whole, 1, len(seen))
+
+
+def test_a_position_goes_on_on_any_number_of_processes():
+    """The ranks' parts of a batch after a restart are the whole one's."""
+    tokens = np.arange(1000, dtype=np.uint16)
+    start = TokenDataset(tokens, 7, 8, seed=3).position(5)
+    whole = TokenDataset(tokens, 7, 4, 3, start)
+    parts = [whole.batch(6, rank, 2)[0] for rank in range(2)]
+    assert np.array_equal(np.concatenate(parts), whole.batch(6)[0])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import random
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from data_helpers import (
     BODY,
@@ -16,11 +19,21 @@ from data_helpers import (
     tokens_of,
     write,
 )
-from tokenizers import Tokenizer, processors
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
-from smollm.data import token_cache
+from smollm import generation
+from smollm.data import documents, token_cache
+from smollm.data import tokenizer as tokenizer_module
 from smollm.data.documents import SEPARATOR
-from smollm.data.tokenizer import PAD
+from smollm.data.tokenizer import PAD, learn, parse
 from smollm.errors import InputError
 
 
@@ -143,3 +156,113 @@ def test_a_damaged_gpt2_cache_is_named_or_fetched_again(tmp_path, settings, monk
     with pytest.raises(InputError) as caught:
         prepare(settings("gpt2", 50258), write(tmp_path, BODY))
     assert str(cached) in str(caught.value) or "network" in str(caught.value)
+
+
+def metaspace(vocabulary: int = 400) -> Tokenizer:
+    """A SentencePiece-like tokenizer: spaces are prefixes, and each text begins with one."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=["<unk>", "</s>"], show_progress=False
+    )
+    tokenizer.train_from_iterator([BODY], trainer)
+    return tokenizer
+
+
+def word_pieces() -> Tokenizer:
+    """A BERT-like tokenizer."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=400, special_tokens=["[UNK]", "</s>"], show_progress=False
+    )
+    tokenizer.train_from_iterator([BODY], trainer)
+    return tokenizer
+
+
+def prefixed() -> Tokenizer:
+    """A byte-level BPE that begins each text with a space, as RoBERTa's does."""
+    tokenizer = learn([BODY], 400)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    return tokenizer
+
+
+def digits() -> Tokenizer:
+    """A byte-level BPE with a sequence of pre-tokenizers, as SmolLM2's."""
+    tokenizer = learn([BODY], 400)
+    steps = [pre_tokenizers.Digits(individual_digits=True)]
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    return tokenizer
+
+
+def lower_case() -> Tokenizer:
+    """A byte-level BPE behind a normalizer."""
+    tokenizer = learn([BODY], 400)
+    tokenizer.normalizer = normalizers.Lowercase()
+    return tokenizer
+
+
+SLOW = pytest.mark.slow
+KINDS = [metaspace, word_pieces, prefixed, digits, lower_case]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("trial", [0, *(pytest.param(n, marks=SLOW) for n in range(1, 21))])
+def test_no_token_depends_on_where_a_text_is_cut(tmp_path, settings, kind, trial, monkeypatch):
+    """Of tokenizers of other kinds: documents longer than a piece, token for token."""
+    monkeypatch.setattr(documents, "PIECE", 1000)
+    source = tmp_path / "tokenizer.json"
+    kind().save(str(source))
+    rng = random.Random(trial)
+    text = f"\n{SEPARATOR}\n".join(BODY[: rng.randrange(500, len(BODY))] for _ in range(6))
+    corpus = prepare(settings(source, 600, validation_fraction=0.2), write(tmp_path, text))
+    end = "</s>" if corpus.tokenizer.token_to_id("</s>") is not None else SEPARATOR
+    assert tokens_of(corpus) == reference_tokens(text, corpus.tokenizer, end)
+
+
+def test_a_document_that_cannot_be_cut_and_is_too_long(tmp_path, settings, monkeypatch):
+    """With such a tokenizer: exit 3, and what to do."""
+    monkeypatch.setattr(tokenizer_module, "LONGEST_DOCUMENT", 100_000)
+    source = tmp_path / "tokenizer.json"
+    metaspace().save(str(source))
+    with pytest.raises(InputError, match="more than 100,000 characters.*divide it by lines"):
+        prepare(settings(source, 600), write(tmp_path, BODY * 400))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_continuation_keeps_its_first_space(kind):
+    """What decoders do at the start of a text does not happen at the start of a continuation."""
+    tokenizer = parse(kind().to_str(), "here")
+    text = "line 7 of a text, with words in it; 49 is a square."
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    whole = tokenizer.decode(ids, skip_special_tokens=True)
+    for at in range(1, len(ids)):
+        before = tokenizer.decode(ids[:at], skip_special_tokens=True)
+        assert before + generation._continuation(tokenizer, ids[:at], ids[at:]) == whole
+
+
+def test_ids_with_gaps_need_rows_up_to_the_highest(tmp_path, settings):
+    """301 entries, highest id 511: 512 rows; and an id over 65,535 in a small vocabulary."""
+    path = write(tmp_path, BODY)
+    content = json.loads(learn([BODY], 300).to_str())
+    for highest in (511, 70_000):
+        content["added_tokens"] = [
+            {**token, "id": {SEPARATOR: 0, PAD: highest}[token["content"]]}
+            for token in content["added_tokens"]
+        ]
+        content["model"]["vocab"] = {
+            word: highest if word == PAD else number
+            for word, number in content["model"]["vocab"].items()
+        }
+        source = tmp_path / "gaps.json"
+        source.write_text(json.dumps(content))
+        with pytest.raises(
+            InputError, match=f"highest id is {highest:,}.*vocab_size={highest + 1}"
+        ):
+            prepare(settings(source, highest), path)
+        corpus = prepare(settings(source, highest + 1), path)
+        assert tokens_of(corpus) == reference_tokens(BODY, corpus.tokenizer)
+        assert corpus.train.dtype == (np.uint16 if highest < 65_536 else np.uint32)

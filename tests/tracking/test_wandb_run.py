@@ -150,7 +150,7 @@ def test_which_models_are_logged(tmp_path: Path, log_model: str, aliases: list[s
         ({"WANDB_WATCH": "false"}, {}, ("smollm2-training", "false", "true")),
         ({"WANDB_WATCH": "gradients"}, {"watch": "false"}, ("smollm2-training", "false", "true")),
         ({"WANDB_LOG_MODEL": "checkpoint"}, {}, ("smollm2-training", "gradients", "all")),
-        ({"WANDB_LOG_MODEL": "nonsense"}, {}, ("smollm2-training", "gradients", "true")),
+        ({"WANDB_LOG_MODEL": "no"}, {}, ("smollm2-training", "gradients", "false")),
         ({"WANDB_PROJECT": "mine"}, {"project": "other"}, ("mine", "gradients", "true")),
     ],
 )
@@ -164,6 +164,39 @@ def test_environment_variables(
         monkeypatch.setenv(name, value)
     settings = wandb_run.settings(WandbConfig(**config))
     assert (settings.project, settings.watch, settings.log_model) == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "mode"),
+    [
+        ({"WANDB_MODE": "dryrun"}, "offline"),
+        ({"WANDB_MODE": "off"}, "disabled"),
+        ({"WANDB_MODE": "False"}, "disabled"),
+        ({"WANDB_DISABLED": "true"}, "disabled"),
+        ({"WANDB_MODE": "online", "WANDB_DISABLED": "true"}, "disabled"),
+        ({"WANDB_MODE": "run"}, "online"),
+        ({"WANDB_MODE": ""}, "online"),
+    ],
+)
+def test_an_opt_out_is_never_misread(
+    monkeypatch: pytest.MonkeyPatch, environment: dict, mode: str
+) -> None:
+    """With an API key: every word that W&B ever had for "do not upload" is honoured."""
+    for name in ("WANDB_MODE", "WANDB_DISABLED", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"WANDB_API_KEY": KEY, **environment}.items():
+        monkeypatch.setenv(name, value)
+    assert wandb_run.choose_mode(WandbConfig())[0] == mode
+
+
+@pytest.mark.parametrize("name", ["WANDB_MODE", "WANDB_LOG_MODEL", "WANDB_WATCH"])
+def test_a_word_that_nobody_knows_is_an_error(tmp_path: Path, name: str) -> None:
+    """It may have been meant as an opt-out: exit 2, before anything is tokenized or uploaded."""
+    write_tiny(tmp_path)
+    result = train(tmp_path, "wandb.mode=auto", WANDB_API_KEY=KEY, **{name: "nope"})
+    assert result.returncode == 2, result.stdout
+    assert f"{name}='nope': expected one of" in result.stdout and "Traceback" not in result.stdout
+    assert not (tmp_path / "cache").exists()
 
 
 def test_mode_is_chosen_without_asking(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

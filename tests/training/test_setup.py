@@ -75,4 +75,18 @@ def test_the_table_says_what_will_happen(run: Run) -> None:
         assert word in text
     assert "warning" not in text
     longer = dataclasses.replace(run, job=dataclasses.replace(run.job, last=2000))
-    assert "learn it by heart" in "\n".join(setup.describe(longer))
+    assert "memorize it" in "\n".join(setup.describe(longer))
+
+
+def test_steps_that_suddenly_take_three_times_as_long_are_said_once(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not the first step, which may compile; not less than three times; and only once."""
+    with caplog.at_level(logging.INFO, "test"):
+        for seconds in (9.0, 1.0, 1.1, 2.9, 1.0):
+            run._watch_speed(seconds)
+        assert said(caplog) == []
+        for seconds in (3.5, 1.0, 9.0):
+            run._watch_speed(seconds)
+    (line,) = said(caplog)
+    assert "3.5 times as long" in line and "another process may use the CPU" in line
