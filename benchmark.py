@@ -249,9 +249,11 @@ def _words(known: tuple[str, ...]) -> Callable[[str], list[str]]:
 def _parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser(description=__doc__)
     number, peers, parts = cli.positive_integer, _words((*PEERS, "none")), _words(MEASUREMENTS)
-    default = Path("config.yaml")
-    parser.add_argument("--config", type=cli.path, default=default, help="YAML file")
-    parser.add_argument("--input_file", type=Path, default=Path("input.txt"), help="to tokenize")
+    path, default = cli.path, Path("config.yaml")
+    parser.add_argument("--config", type=path, default=default, help="YAML file")
+    parser.add_argument(
+        "--input_file", type=cli.path, default=Path("input.txt"), help="to tokenize"
+    )
     parser.add_argument("--steps", type=number, default=20, help="timed steps a round (20)")
     parser.add_argument("--warmup", type=number, default=3, help="steps before these (3)")
     parser.add_argument("--rounds", type=number, default=3, help="(3)")
@@ -261,7 +263,9 @@ def _parser() -> cli.ArgumentParser:
         "--same_environment", action="store_true", help="env.sh's allocator settings for peers too"
     )
     parser.add_argument("--only", type=parts, default=MEASUREMENTS, help=", ".join(MEASUREMENTS))
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything, raw times too")
+    parser.add_argument(
+        "--json", type=cli.path, metavar="FILE", help="write everything, raw times too"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--worker", choices=WORKERS, help=argparse.SUPPRESS)
     parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)

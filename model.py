@@ -11,6 +11,7 @@ Parameter names are Hugging Face's, so a state_dict saved as model.safetensors *
 `Starcoder2ForCausalLM`. Dimensions in comments: B batch, T sequence, C width, H heads, D head size.
 """
 
+import functools
 import importlib
 import math
 from collections.abc import Callable
@@ -414,8 +415,13 @@ class ParameterCount(NamedTuple):
     matrices: int  # the ones that are multiplied with, and weight-decayed
 
 
+@functools.cache
 def count_parameters(config: ModelConfig) -> ParameterCount:
-    """Parameters of the model: 123,654,144 for the default architecture. Allocates none."""
+    """Parameters of the model: 123,654,144 for the default architecture. Allocates none.
+
+    Args:
+        config: hashable.
+    """
     with torch.device("meta"):
         parameters = list(CausalLM(config).parameters())
     matrices = sum(p.numel() for p in parameters if p.ndim >= 2)

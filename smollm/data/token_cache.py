@@ -212,8 +212,7 @@ def _tokenize(text: Text, chosen: Tokenizer, scan: Scan, final: Path, log: Log) 
     write_batch()
     for writer in writers:
         writer.close()
-    counts = {TRAIN: writers[0].count, VALIDATION: writers[1].count, "documents": scan.documents}
-    atomic.write_json(temporary / COUNTS, counts)
+    atomic.write_json(temporary / COUNTS, {"documents": scan.documents})
     text.require_unchanged()
     atomic.publish(temporary, final, "cache")
 

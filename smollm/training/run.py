@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import gc
 import math
 import platform
@@ -19,7 +18,6 @@ from torch import Tensor
 from model import (
     IGNORE_INDEX,
     CausalLM,
-    ParameterCount,
     count_parameters,
     flops_per_token,
 )
@@ -115,16 +113,6 @@ class Run:
         """The model, perhaps sharded."""
         return self.train_step.parallel.model
 
-    @functools.cached_property
-    def parameters(self) -> ParameterCount:
-        """Numbers of parameters."""
-        return count_parameters(self.config.model)
-
-    @functools.cached_property
-    def flops_per_token(self) -> int:
-        """Floating-point operations of training for one token, causal attention at half."""
-        return flops_per_token(self.config.model, self.config.data.sequence_length)
-
     # --- taking steps ---
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
@@ -188,7 +176,7 @@ class Run:
         seconds = self.stopwatch.lap(progress.step)
         tokens_per_second = config.tokens_per_step / seconds
         peak = hardware.peak_flops(self.hardware.device)
-        flops = tokens_per_second * self.flops_per_token
+        flops = tokens_per_second * flops_per_token(config.model, config.data.sequence_length)
         self.tracker.event(
             "train", progress.step,
             loss=result.loss,
@@ -341,8 +329,9 @@ class Run:
         end = end_token(tokenizer)
         pad = tokenizer.token_to_id(PAD)
         config = huggingface.config_json(self.config.model, end, pad)
+        count = count_parameters(self.config.model)
         card = huggingface.model_card(
-            progress.step, self.parameters.total, progress.tokens, progress.best_val_loss,
+            progress.step, count.total, progress.tokens, progress.best_val_loss,
             progress.best_step,
         )  # fmt: skip
         documents = huggingface.model_documents(

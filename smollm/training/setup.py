@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from model import CausalLM, initialize
+from model import CausalLM, count_parameters, initialize
 from smollm import atomic, distributed, generation, hardware, randomness, ranks
 from smollm.checkpoint import resume, state, store
 from smollm.checkpoint.writer import Writer
@@ -209,6 +209,7 @@ def describe(run: Run) -> list[str]:
     start = f"fresh, seed {config.training.seed}"
     if job.resume_from:
         start = f"resumed from {job.resume_from}"
+    count = count_parameters(config.model)
     first, epochs = run.progress.step + 1, dataset.epoch(job.last)
     size = state.checkpoint_bytes(run.model, run.train_step.optimizer)
     rows = [
@@ -217,7 +218,7 @@ def describe(run: Run) -> list[str]:
         ("precision", f"{str(run.hardware.dtype).removeprefix('torch.')} compute, float32 weights"),
         ("attention", run.hardware.attention_reason),
         *([("compile", f"no: {why}")] if (why := run.hardware.compile_reason) else []),
-        ("parameters", f"{run.parameters.total:,} ({run.parameters.matrices:,} in matrices)"),
+        ("parameters", f"{count.total:,} ({count.matrices:,} in matrices)"),
         ("data", run.corpus.conservation()),
         (
             "batch",
