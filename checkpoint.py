@@ -5,12 +5,17 @@ python checkpoint.py verify checkpoints            check every file of every che
 python checkpoint.py verify checkpoints/step_005000
 """
 
+import os
+import sys
 from pathlib import Path
+
+if __name__ == "__main__":  # PYTHONSAFEPATH leaves the script's folder out
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from smollm import atomic, cli
 from smollm.checkpoint import store
 from smollm.config import CheckpointConfig
-from smollm.errors import CheckpointError
+from smollm.errors import CheckpointError, printable
 
 
 def list_checkpoints(root: Path) -> int:
@@ -45,8 +50,11 @@ def verify(path: Path) -> int:
     bad = 0
     for directory in (store.directory_of(path, step) for step in found):
         wrong = store.problem(directory)
+        if wrong and not os.path.lexists(directory):
+            print(f"{directory}: pruned meanwhile")
+            continue
         bad += wrong is not None
-        print(f"{directory}: {'whole' if wrong is None else 'DAMAGED: ' + wrong}")
+        print(printable(f"{directory}: {'whole' if wrong is None else 'DAMAGED: ' + wrong}"))
     return CheckpointError.exit_code if bad else 0
 
 

@@ -7,13 +7,19 @@ Weights, optimizer, learning-rate schedule, data order, W&B run and RNG go on wh
 of `--start_step` left them. A continuation that was interrupted goes on where it was.
 """
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # PYTHONSAFEPATH leaves the script's folder out
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+
 from smollm import cli
 from smollm.checkpoint import resume, store
 from smollm.config import LAST_STEP
 from smollm.errors import ConfigError
 from smollm.signals import StopSignals
 from smollm.training.job import Job
-from train import open_run, train
+from train import chosen_by_rank_0, open_run, train
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,10 +39,14 @@ def main(argv: list[str] | None = None) -> int:
         last = first + config.training.continue_steps
         if last > LAST_STEP:
             raise ConfigError(f"--start_step {first}: the last step, {last}, is over {LAST_STEP}")
-        with store.lock(save_dir, cli.warn):
-            start = resume.require_start(save_dir, first)
-            cli.say(f"phase 1 is complete: {start} is whole (every sha256 agrees)")
-            resume_from = resume.find_continuation(start, first, last, cli.warn)
+        with store.lock(save_dir, cli.warn) as held:
+
+            def choose() -> Path:
+                start = resume.require_start(save_dir, first)
+                cli.say(f"phase 1 is complete: {start} is whole (every sha256 agrees)")
+                return resume.find_continuation(start, first, last, cli.warn)
+
+            resume_from = chosen_by_rank_0(config, choose)
             if complete := resume.completion(resume_from, 2, last):
                 cli.say(complete)
                 return 0
@@ -45,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
                 input_file=arguments.input_file, save_dir=save_dir, log_dir=arguments.log_dir,
                 last=last, resume_from=resume_from, stop=stop,
             )  # fmt: skip
-            with open_run(job) as run:
+            with open_run(job, held) as run:
                 train(run)
             return run.exit_code
 

@@ -6,7 +6,7 @@
 # is installed, and filled again when they change. NO_INSTALL=1 takes the active one as it is.
 
 REQUIREMENTS=${REQUIREMENTS:-requirements.txt}
-_root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+_root=$(unset CDPATH; cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 # Whether a Python has what REQUIREMENTS asks for: `exact` versions, or the `minimum` ones that
 # stand in the comments. Prints a line where the active environment differs from the exact ones.

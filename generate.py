@@ -15,16 +15,23 @@ import dataclasses
 import json
 import secrets
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+if __name__ == "__main__":  # PYTHONSAFEPATH leaves the script's folder out
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from smollm import atomic, cli
 from smollm.checkpoint import store
 from smollm.config import GenerationConfig
 from smollm.config_reader import parse_generation
-from smollm.errors import ConfigError
+from smollm.errors import CheckpointError, ConfigError, printable
 
 if TYPE_CHECKING:
     from smollm.generation import Sample
+
+ATTEMPTS = 5
+LAYOUT = "\n\t"  # control characters that belong to a text
 
 
 def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -58,6 +65,23 @@ def _samples(arguments: argparse.Namespace, settings: GenerationConfig, seed: in
     return generation.generate(model, tokenizer, settings, seed)
 
 
+def _samples_of_latest(
+    arguments: argparse.Namespace, settings: GenerationConfig, seed: int
+) -> list[Sample]:
+    """Samples from a checkpoint; where `latest` was pruned while it was read, from the next."""
+    named = arguments.checkpoint
+    for attempt in range(ATTEMPTS):
+        arguments.checkpoint = directory = atomic.follow(named)
+        try:
+            if not store.is_model_only(directory):
+                store.require_whole(directory)
+            return _samples(arguments, settings, seed)
+        except CheckpointError:
+            if attempt == ATTEMPTS - 1 or directory == named or atomic.follow(named) == directory:
+                raise
+    raise AssertionError("unreachable")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print samples from a checkpoint; returns the exit code.
 
@@ -70,19 +94,16 @@ def main(argv: list[str] | None = None) -> int:
     settings = parse_generation({k: v for k, v in given.items() if v is not None})
     if arguments.prompt:
         settings = dataclasses.replace(settings, prompts=tuple(arguments.prompt))
-    arguments.checkpoint = atomic.follow(arguments.checkpoint)
-    if not store.is_model_only(arguments.checkpoint):
-        store.require_whole(arguments.checkpoint)
     seed = arguments.seed if arguments.seed is not None else secrets.randbelow(2**31)
-    samples = _samples(arguments, settings, seed)
+    samples = _samples_of_latest(arguments, settings, seed)
     for sample in samples:
         if arguments.json:
             ascii_only = "utf" not in (sys.stdout.encoding or "").lower()  # escaped, it stays JSON
             print(json.dumps({**dataclasses.asdict(sample), "seed": seed}, ensure_ascii=ascii_only))
         else:
             print(
-                f"{sample.text}\n--- {sample.generated_tokens} tokens, perplexity "
-                f"{sample.perplexity:.1f}, {sample.seconds:.2f} s\n"
+                f"{printable(sample.text, keep=LAYOUT)}\n--- {sample.generated_tokens} tokens, "
+                f"perplexity {sample.perplexity:.1f}, {sample.seconds:.2f} s\n"
             )
     if not arguments.json:
         print(f"--seed {seed} repeats these samples", file=sys.stderr)

@@ -13,11 +13,18 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from smollm import atomic, cli, fault_injection
+if __name__ == "__main__":  # PYTHONSAFEPATH leaves the script's folder out
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from smollm import atomic, cli, fault_injection, ranks
 from smollm.checkpoint import resume, store
+from smollm.config import Config
+from smollm.errors import CheckpointError
 from smollm.signals import StopSignals
 from smollm.tracking import wandb_run
 from smollm.training.job import Job
@@ -67,22 +74,49 @@ def train(run: Run) -> None:
             break
 
 
+def chosen_by_rank_0(config: Config, choose: Callable[[], Path | None]) -> Path | None:
+    """The checkpoint that rank 0 chooses, on every process: each looking for itself may differ.
+
+    Raises:
+        CheckpointError: this process sees another checkpoint under that name.
+    """
+    if ranks.world_size() == 1:
+        return choose()
+    from smollm import distributed, hardware  # import torch
+
+    distributed.start(hardware.choose_device(config.training.device, ranks.local_rank()))
+    with distributed.main_first():
+        path = choose() if ranks.is_main() else None
+    path, seal = distributed.from_main((path, store.seal(path) if path else None))
+    if path and store.seal(path) != seal:
+        raise CheckpointError(
+            f"rank {ranks.rank()}: {path} is not the checkpoint that rank 0 sees; all processes "
+            "must see one --save_dir"
+        )
+    return path
+
+
 @contextlib.contextmanager
-def open_run(job: Job) -> Iterator[Run]:
+def open_run(job: Job, save_dir: atomic.Held | None) -> Iterator[Run]:
     """Set a run up to be trained in this context; on exit it is saved and its tracking is ended.
+
+    Args:
+        save_dir: as this process holds it, if it does.
 
     Raises:
         UserError: of any kind, from the set-up or from the training.
     """
     wandb_run.choose_mode(wandb_run.settings(job.config.wandb))  # raises for an unknown word
     same = os.path.realpath(job.log_dir) == os.path.realpath(job.save_dir)  # store.lock holds it
+    held = [save_dir] if save_dir else []
     with contextlib.ExitStack() as stack:
         if job.writes and not same:
-            stack.enter_context(atomic.hold(job.log_dir, "--log_dir"))
+            store.refuse_nested(job.log_dir, "--log_dir")
+            held.append(stack.enter_context(atomic.hold(job.log_dir, "--log_dir")))
         fault_injection.point("start.import")
         from smollm.training import setup  # imports torch
 
-        yield stack.enter_context(setup.running(job))
+        yield stack.enter_context(setup.running(job, held))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -101,11 +135,15 @@ def main(argv: list[str] | None = None) -> int:
         arguments, config = cli.parse(parser, argv, "train_steps")
         save_dir, log_dir, last = arguments.save_dir, arguments.log_dir, config.training.train_steps
         if arguments.dry_run:
-            store.refuse_nested(save_dir)
+            store.refuse_nested(save_dir, "--save_dir")
+            store.refuse_nested(log_dir, "--log_dir")
             atomic.require_usable(save_dir, "--save_dir")
             atomic.require_usable(log_dir, "--log_dir")
-        with contextlib.nullcontext() if arguments.dry_run else store.lock(save_dir, cli.warn):
-            resume_from = resume.find_resume(save_dir, arguments.resume, cli.warn)
+        lock = contextlib.nullcontext() if arguments.dry_run else store.lock(save_dir, cli.warn)
+        with lock as held:
+            resume_from = chosen_by_rank_0(
+                config, lambda: resume.find_resume(save_dir, arguments.resume, cli.warn)
+            )
             if complete := resume.completion(resume_from, 1, last):
                 cli.say(complete)
                 return 0
@@ -114,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
                 log_dir=log_dir, last=last, resume_from=resume_from, stop=stop,
                 dry_run=arguments.dry_run,
             )  # fmt: skip
-            with open_run(job) as run:
+            with open_run(job, held) as run:
                 if not job.dry_run:
                     train(run)
             return run.exit_code

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # sh train.sh
 # The whole pipeline: environment, phase 1 (steps 0-5000), proof that it is complete, phase 2
 # (5000-5050). Interrupted, it goes on where it was; finished, it says so and does nothing.
 #
@@ -13,6 +14,7 @@
 
 set -uo pipefail
 start_directory=$PWD
+unset CDPATH # cd would go elsewhere, and print it
 cd "$(dirname "$(readlink -f "$0")")" || exit 1 # also through a link to this script
 
 config="" input_file=input.txt save_dir=checkpoints log_dir=logs
@@ -23,6 +25,7 @@ while [ $# -gt 0 ]; do
     case $1 in
     --config | --input_file | --save_dir | --log_dir)
         [ $# -ge 2 ] || { echo "error: $1 needs a value" >&2; exit 2; }
+        [ -n "$2" ] || { echo "error: $1: got an empty path" >&2; exit 2; }
         declare "${1#--}=$(absolute "$2")"
         shift 2
         ;;
@@ -53,6 +56,10 @@ trap 'pass_on INT 130' INT
 trap 'pass_on TERM 143' TERM
 trap 'pass_on HUP 129' HUP
 trap 'pass_on USR1 138' USR1
+# Ctrl-Z would stop this shell alone: the training, a process group of its own, stops with it and
+# goes on with it. (No trap on CONT: a closed terminal sends it with HUP, which bash then loses.)
+to_group() { [ "$child" = 0 ] || kill -s "$1" -- "-$child" 2>/dev/null; }
+trap 'to_group STOP; kill -s STOP $$; to_group CONT' TSTP
 
 run() {
     local code=0 last
@@ -88,7 +95,7 @@ config=${config:-config.yaml}
 launcher=("$PYTHON")
 if [ "$GPUS" -gt 1 ] || [ -n "${NNODES:-}" ]; then
     # One process per GPU. For several nodes set NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT.
-    launcher=("$PYTHON" -m torch.distributed.run --nproc_per_node="${NPROC_PER_NODE:-$GPUS}")
+    launcher=("$PYTHON" -m smollm.launch --nproc_per_node="${NPROC_PER_NODE:-$GPUS}")
     if [ -n "${NNODES:-}" ]; then
         launcher+=(--nnodes="$NNODES" --node_rank="${NODE_RANK:-0}"
             --master_addr="${MASTER_ADDR:-127.0.0.1}" --master_port="${MASTER_PORT:-29500}")

@@ -15,10 +15,12 @@ import os
 import re
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from smollm import fault_injection
 from smollm.errors import LockedError, ResourceError
@@ -26,6 +28,7 @@ from smollm.errors import LockedError, ResourceError
 # What file systems answer that lack locks (Lustre, some NFS), links (exFAT, some SMB and FUSE) or
 # fsync of directories (CIFS).
 _UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
+LOCK = ".lock"
 MANIFEST = "manifest.json"
 TEMPORARY = ".tmp-"
 REPLACED = TEMPORARY + "replaced-"  # an older directory, until the new one has its name
@@ -38,18 +41,49 @@ _OURS = re.compile(  # temporary names that this project makes: those of other p
 # --- locks ---------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Held:
+    """A directory that this run holds."""
+
+    directory: Path
+    identity: tuple[int, int]  # device and inode of its lock file
+    swept: list[str]  # what `sweep` did there
+
+    def check(self) -> None:
+        """Raise LockedError where the directory was removed, moved or replaced meanwhile."""
+        try:
+            status = os.lstat(self.directory / LOCK)
+            same = (status.st_dev, status.st_ino) == self.identity
+        except OSError:
+            same = False
+        if not same:
+            raise LockedError(
+                f"{self.directory}: was removed, moved or replaced while this run used it; nothing "
+                "more is written there; start again with the directory that is meant"
+            )
+
+
 @contextlib.contextmanager
-def lock(path: Path, wait: Callable[[str], None] | None = None) -> Iterator[None]:
+def lock(path: Path, wait: Callable[[str], None] | None = None) -> Iterator[tuple[int, int]]:
     """Hold a lock file (flock: the kernel releases it when the holder ends, however it ends).
+
+    One that this process holds already (a cache in the save_dir, perhaps by another path) is held.
+    Yields its device and inode.
 
     Args:
         wait: wait for another holder, after passing this function a line about it; if None, raise
             LockedError with its pid and host.
     """
-    with open(path, "a+", encoding="utf-8") as file:
+    me = f"pid {os.getpid()} on host {socket.gethostname()}"
+    with open(path, "r+", encoding="utf-8", opener=_no_follow) as file:
+        status = os.fstat(file.fileno())
+        identity = (status.st_dev, status.st_ino)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            if file.read(200).strip() == me:
+                yield identity
+                return
             if wait is None:
                 raise LockedError(
                     f"{path.parent}: is in use by another run ({_holder(path)}); wait for it, stop "
@@ -60,10 +94,21 @@ def lock(path: Path, wait: Callable[[str], None] | None = None) -> Iterator[None
         except OSError as error:
             if error.errno not in _UNSUPPORTED:
                 raise
+        file.seek(0)
         file.truncate(0)
-        file.write(f"pid {os.getpid()} on host {socket.gethostname()}\n")
+        file.write(me + "\n")
         file.flush()
-        yield
+        yield identity
+
+
+def _no_follow(path: str, flags: int) -> int:
+    """An opener: the file itself, made if need be, and never what a link of that name points at."""
+    return os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+
+
+def append(path: Path) -> TextIO:
+    """Open a file of ours to append text; a link in its place is an error (ELOOP)."""
+    return open(path, "a", encoding="utf-8", opener=_no_follow)
 
 
 def _holder(path: Path) -> str:
@@ -74,7 +119,7 @@ def _holder(path: Path) -> str:
     """
     line = ""
     for _ in range(20):
-        line = path.read_text(encoding="utf-8").strip()
+        line = read_text(path, 200).strip()
         match = re.fullmatch(r"pid (\d+) on host (.*)", line)
         if match and (match[2] != socket.gethostname() or Path(f"/proc/{match[1]}").exists()):
             return line
@@ -83,8 +128,8 @@ def _holder(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def hold(directory: Path, flag: str) -> Iterator[list[str]]:
-    """Hold a directory, made if need be, for one run; yields what `sweep` did there.
+def hold(directory: Path, flag: str) -> Iterator[Held]:
+    """Hold a directory, made if need be, for one run.
 
     Args:
         flag: the flag that names the directory, for the error.
@@ -97,7 +142,7 @@ def hold(directory: Path, flag: str) -> Iterator[list[str]]:
     with contextlib.ExitStack() as stack:
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(lock(directory / ".lock"))
+            identity = stack.enter_context(lock(directory / LOCK))
             swept = sweep(directory)
             temporary_directory(directory / "probe").rmdir()  # the lock may be there already
         except OSError as error:
@@ -105,7 +150,7 @@ def hold(directory: Path, flag: str) -> Iterator[list[str]]:
                 f"{flag} {directory}: {error.strerror} ({error.filename}); name a directory that "
                 "can be written"
             ) from error
-        yield swept
+        yield Held(directory, identity, swept)
 
 
 def require_usable(directory: Path, flag: str) -> None:
@@ -179,7 +224,9 @@ def link(target: str, path: Path) -> None:
 
 
 def follow(path: Path) -> Path:
-    """The directory that `link` made `path` point at, where that is a text file; else `path`."""
+    """The directory that `link` made `path` point at, read once; `path`, where it is no link."""
+    if path.is_symlink() and "/" not in (target := os.readlink(path)):
+        return path.parent / target
     if path.is_file() and path.stat().st_size < 256:
         name = path.read_text("utf-8", "replace").strip()
         if name and "/" not in name and (path.parent / name).is_dir():
@@ -225,9 +272,23 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def read_text(path: Path, limit: int = 1 << 26) -> str:
+    """A regular file's text, of at most `limit` bytes: a FIFO or device in its place has no end.
+
+    Raises:
+        OSError, UnicodeDecodeError: it is none, or cannot be read.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
+    if status.st_size > limit:
+        raise OSError(errno.EINVAL, f"is larger than {limit:,} bytes", str(path))
+    return path.read_text(encoding="utf-8")
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file; raises OSError, ValueError or RecursionError."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(read_text(path))
 
 
 # --- disk space and errors -----------------------------------------------------------------------
@@ -298,15 +359,25 @@ def publish(temporary: Path, final: Path, point: str) -> int:
 
 
 def remove(directory: Path) -> None:
-    """Remove a directory so that a crash half-way never leaves a part under its name."""
+    """Remove a directory so that a crash half-way never leaves a part under its name.
+
+    Raises:
+        OSError: it cannot be removed. It keeps its name, if nothing of it was removed.
+    """
     if directory.is_symlink() or directory.is_file():
         directory.unlink()
     elif directory.exists():
+        before = set(os.listdir(directory))
         aside = directory.parent / f"{TEMPORARY}removed-{directory.name}-{os.getpid()}"
         shutil.rmtree(aside, ignore_errors=True)
         os.rename(directory, aside)
         fault_injection.point("remove.renamed")
-        shutil.rmtree(aside)
+        try:
+            shutil.rmtree(aside)
+        except OSError:
+            if aside.exists() and set(os.listdir(aside)) == before:
+                os.rename(aside, directory)
+            raise
 
 
 def problem(directory: Path, read: Collection[str] = ()) -> str | None:
@@ -334,10 +405,16 @@ def problem(directory: Path, read: Collection[str] = ()) -> str | None:
                 return f"{name} does not have the sha256 that {MANIFEST} gives"
         for path in sorted(directory.iterdir()):
             is_read = path.suffix in (".safetensors", ".npy") or path.name in read
+            is_read = is_read and not path.name.startswith(".")  # ._model.safetensors of macOS
             if is_read and path.name not in manifest["files"]:
                 return f"{path.name} is not in {MANIFEST}"
     except FileNotFoundError as error:
         return f"{Path(error.filename or MANIFEST).name} is missing"
+    except PermissionError as error:  # that is no damage: an older one must not be taken for it
+        raise ResourceError(
+            f"{error.filename or directory}: cannot be read ({error.strerror}); allow it, or move "
+            "it away"
+        ) from error
     except OSError as error:
         return f"{Path(error.filename or directory).name}: {error.strerror}"
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -352,13 +429,16 @@ def sweep(parent: Path) -> list[str]:
         if not _OURS.fullmatch(path.name):
             continue
         final = parent / path.name.removeprefix(REPLACED).rpartition("-")[0]
-        if path.name.startswith(REPLACED) and not os.path.lexists(final):
-            os.rename(path, final)  # ended between two renames: the old one is still good
-            done.append(f"{final.name} brought back")
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-        done.append(f"{path.name} removed")
+        try:
+            if path.name.startswith(REPLACED) and not os.path.lexists(final):
+                os.rename(path, final)  # ended between two renames: the old one is still good
+                done.append(f"{final.name} brought back")
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+            done.append(f"{path.name} removed")
+        except OSError as error:
+            done.append(f"{path.name} cannot be removed ({error.strerror}) and stays")
     return done

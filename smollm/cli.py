@@ -17,7 +17,7 @@ from pathlib import Path
 from smollm import ranks, signals
 from smollm.config import LAST_STEP, Config
 from smollm.config_reader import load
-from smollm.errors import ConfigError, UserError, is_memory_full
+from smollm.errors import ConfigError, UserError, is_memory_full, printable
 
 RANK_0_SECONDS = 10.0  # how long the other ranks leave it to rank 0 to report an error
 
@@ -63,6 +63,8 @@ def path(word: str) -> Path:
 
     `~` is the home directory, as in a shell, which does not expand it everywhere.
     """
+    if not word:  # "$UNSET": the current directory is hardly meant
+        raise argparse.ArgumentTypeError("got an empty path")
     try:
         return Path(text(word)).expanduser()
     except RuntimeError as error:
@@ -116,14 +118,14 @@ def say(line: str) -> None:
     """Print a line on stdout, on rank 0; a console that was closed is no error."""
     if ranks.is_main():
         with contextlib.suppress(OSError):
-            print(line, flush=True)
+            print(printable(line, keep="\n"), flush=True)
 
 
 def warn(line: str) -> None:
     """Print a line on stderr, on rank 0; a console that was closed is no error."""
     if ranks.is_main():
         with contextlib.suppress(OSError):
-            print(line, file=sys.stderr, flush=True)
+            print(printable(line, keep="\n"), file=sys.stderr, flush=True)
 
 
 def execute(main: Callable[[], int]) -> None:
@@ -146,10 +148,11 @@ def execute(main: Callable[[], int]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
     except ModuleNotFoundError as error:
-        code = 1
+        code = 2
         _report(
             f"error: {error.name} is not installed for {sys.executable}; ./train.sh installs what "
-            "is needed, and `source env.sh` makes it the shell's Python"
+            "is needed, and `source env.sh` makes it the shell's Python; or: "
+            f"{sys.executable} -m pip install -r requirements.txt"
         )
     except Exception as error:
         code = _unexpected(error)

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from smollm.errors import printable
+
 LAST_STEP = 999_999  # names of checkpoint directories have six digits
 
 
@@ -159,25 +161,11 @@ def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     }
 
 
-def from_dict(values: dict[str, dict[str, Any]]) -> Config:
-    """The inverse of `to_dict`, for a configuration that a checkpoint holds.
-
-    Keys that this version does not know are left out; missing ones take their default.
-    """
-    parts = {}
-    for section, kind in sections().items():
-        known = {field.name for field in dataclasses.fields(kind)}
-        given = {k: v for k, v in values.get(section, {}).items() if k in known}
-        given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-        parts[section] = kind(**given)
-    return Config(**parts)
-
-
 def differences(old: Config, new: Config) -> list[str]:
     """One line `section.key: old -> new` for each key in which two configurations differ."""
     before, after = to_dict(old), to_dict(new)
     return [
-        f"{section}.{key}: {before[section][key]} -> {value}"
+        f"{section}.{key}: {printable(str(before[section][key]))} -> {printable(str(value))}"
         for section, values in after.items()
         for key, value in values.items()
         if before[section][key] != value

@@ -8,6 +8,8 @@ is a number, `no` is not a boolean, and octal (`0123`) or sexagesimal (`12:30`) 
 rather than turned into another value. Tags are refused, so nothing in a file is ever executed.
 """
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import difflib
@@ -17,12 +19,13 @@ import re
 import stat
 import typing
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import yaml
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from smollm.config import Config, GenerationConfig, conflicts, sections
-from smollm.errors import ConfigError
+from smollm.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:  # imported where it is used: --help answers without it
+    import yaml
 
 # A leading zero ("0123") would be octal in YAML 1.1; a person may mean either, so it is refused.
 _SHAPES = {
@@ -76,6 +79,34 @@ def parse_generation(values: dict[str, str]) -> GenerationConfig:
     if reader.problems:
         raise ConfigError(*reader.problems)
     return GenerationConfig(**reader.values["generation"])
+
+
+def from_saved(values: dict[str, Any], where: str) -> Config:
+    """The configuration that a checkpoint holds, with every value checked like the file's.
+
+    Sections and keys that this version does not know are left out; missing ones take their default.
+
+    Raises:
+        CheckpointError: a value is not what its key accepts.
+    """
+    reader = _Reader()
+    for section, kind in sections().items():
+        known = {field.name for field in dataclasses.fields(kind)}
+        for key, value in values.get(section, {}).items():
+            if key in known:
+                many = isinstance(value, list)
+                texts = [_as_text(item) for item in value] if many else _as_text(value)
+                reader.set(where, section, key, texts)
+    if reader.problems:
+        raise CheckpointError(f"{reader.problems[0]}; it is not one of our checkpoints")
+    return Config(**{name: kind(**reader.values[name]) for name, kind in sections().items()})
+
+
+def _as_text(value: Any) -> str:
+    """A JSON value as the file would have it; a text is one, whatever it says."""
+    if isinstance(value, str):
+        return _Quoted(value)
+    return "null" if value is None else str(value)
 
 
 def _expected(field: dataclasses.Field, kind: Any) -> str:
@@ -170,6 +201,8 @@ def _plain(node: yaml.Node) -> str | list[str] | _Unreadable:
 
     Looks one level deep only: aliases can make a list of lists endless.
     """
+    import yaml
+
     if isinstance(node, yaml.ScalarNode) and node.tag.endswith(":str"):
         return _Quoted(node.value) if node.style in ("'", '"') else node.value
     if isinstance(node, yaml.SequenceNode) and node.tag.endswith(":seq"):
@@ -213,6 +246,8 @@ class _Reader:
 
     def read_file(self, path: Path) -> None:
         """Read a YAML file, section by section, with the line of each problem."""
+        import yaml
+
         root = _compose(path)
         if root is None:  # an empty file: all defaults
             return
@@ -230,6 +265,8 @@ class _Reader:
 
     def _items(self, path: Path, node: yaml.Node, what: str) -> list[tuple[str, int, yaml.Node]]:
         """The (key, line, value) of a mapping; notes a node that is none, and keys given twice."""
+        import yaml
+
         if not isinstance(node, yaml.MappingNode) or not node.tag.endswith(":map"):
             line = node.start_mark.line + 1
             self.problems.append(f"{path}:{line}: {what} is not a mapping of `key: value` lines")
@@ -250,6 +287,8 @@ class _Reader:
 
     def read_overrides(self, overrides: list[str]) -> None:
         """Read `section.key=value` words; a list is written as YAML writes it: `[a, b]`."""
+        import yaml
+
         for word in overrides:
             name, equals, text = word.partition("=")
             section, dot, key = name.partition(".")
@@ -272,6 +311,8 @@ def _compose(path: Path) -> yaml.Node | None:
     Raises:
         ConfigError: the file is missing, is no regular file, is not UTF-8 or is not YAML.
     """
+    import yaml
+
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise ConfigError(f"{path}: is not a regular file; name a YAML file with --config")

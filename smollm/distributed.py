@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from smollm import ranks
+from smollm.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,21 @@ def from_main(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def require_agreement(values: dict[str, Any], error: type[UserError]) -> None:
+    """Raise `error`, on every process, with the rank and key where values differ from rank 0's."""
+    if not dist.is_initialized():
+        return
+    everyone: list[Any] = [None] * ranks.world_size()
+    dist.all_gather_object(everyone, values)
+    for rank, theirs in enumerate(everyone):
+        for key, value in everyone[0].items():
+            if theirs.get(key) != value:
+                raise error(
+                    f"rank {rank}: {key} is {theirs.get(key)!r}, and {value!r} on rank 0; start "
+                    "all processes with the same code, command, configuration and text"
+                )
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -6,6 +6,17 @@ be used; 4 training diverged; 5 a directory is in use by another run; 128 + n st
 """
 
 
+def printable(text: str, keep: str = "") -> str:
+    """Foreign text as it can be shown: control and escape characters are escaped.
+
+    Args:
+        keep: characters that stay as they are, such as newlines.
+    """
+    return "".join(
+        c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text
+    )
+
+
 class UserError(Exception):
     """An error that the user can fix.
 
@@ -17,7 +28,7 @@ class UserError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, exit_code: int | None = None) -> None:
-        super().__init__(message)
+        super().__init__(printable(message, keep="\n"))
         self.exit_code = self.exit_code if exit_code is None else exit_code
 
 
@@ -31,6 +42,7 @@ class ConfigError(UserError):
     exit_code = 2
 
     def __init__(self, *problems: str) -> None:
+        problems = tuple(printable(problem) for problem in problems)
         self.problems = list(problems)
         lines = "\n  ".join(problems)
         many = f"{len(problems)} problems in the configuration:\n  {lines}"

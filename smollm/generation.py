@@ -19,7 +19,7 @@ from model import CausalLM, KVCache
 from smollm import atomic
 from smollm.checkpoint import huggingface, store
 from smollm.config import GenerationConfig
-from smollm.data.tokenizer import end_token, parse
+from smollm.data.tokenizer import end_token, errors_named, parse
 from smollm.errors import CheckpointError, ConfigError
 from smollm.randomness import derive_seed
 from smollm.tracking.metrics import perplexity
@@ -136,7 +136,8 @@ def encode_prompts(
         ConfigError: a prompt leaves no room below max_length or in the model.
     """
     end = end_token(tokenizer)
-    ids = [tokenizer.encode(text, add_special_tokens=False).ids or [end] for text in prompts]
+    with errors_named("the tokenizer"):
+        ids = [tokenizer.encode(text, add_special_tokens=False).ids or [end] for text in prompts]
     for text, tokens in zip(prompts, ids, strict=True):
         shown = text if len(text) <= 60 else text[:57] + "..."
         what = f"the prompt {shown!r} has {len(tokens)} tokens, and "
@@ -204,5 +205,8 @@ def load(directory: Path, device: torch.device, dtype: torch.dtype) -> tuple[Cau
         SafetensorError,
     ) as error:  # fmt: skip
         raise CheckpointError(f"{directory}: is not one of our checkpoints: {error}") from error
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise CheckpointError(f"{directory}: {name} holds numbers that are not finite")
     tokenizer = parse(text, str(directory / store.TOKENIZER))
     return model.to(device, dtype).eval(), tokenizer

@@ -227,6 +227,19 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     return host.to(device, non_blocking=True).long()
 
 
+def fingerprint(hardware: Hardware) -> dict[str, str]:
+    """What the last bits of a run depend on, besides the code and the data."""
+    known = {"torch": torch.__version__, "dtype": str(hardware.dtype).removeprefix("torch.")}
+    if hardware.device.type == "cuda":
+        return {**known, "GPU": name(hardware.device), "cuda": str(torch.version.cuda)}
+    return {
+        **known,
+        "threads": str(torch.get_num_threads()),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "oneDNN": os.environ.get("ONEDNN_MAX_CPU_ISA", "as the processor has"),
+    }
+
+
 def name(device: torch.device) -> str:
     """The device in words."""
     if device.type == "cuda":

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, call, command, step_directory, train, write_tiny
+from helpers import ROOT, call, command, step_directory, train, train_sh, write_tiny
 
 from smollm import ranks
 from smollm.errors import ConfigError
@@ -80,7 +80,7 @@ def test_the_machines_answers_are_no_bugs() -> None:
     for error, code, said in (
         ("PermissionError(13, 'Permission denied', 'a/b')", 3, "error: a/b: Permission denied"),
         ("OSError(28, 'No space left on device')", 3, "No space left on device"),
-        ("ModuleNotFoundError('No module', name='numpy')", 1, "numpy is not installed"),
+        ("ModuleNotFoundError('No module', name='numpy')", 2, "numpy is not installed"),
         ("ValueError('x')", 1, "this should not happen: ValueError: x"),
     ):
         program = f"from smollm import cli\ndef main(): raise {error}\ncli.execute(main)"
@@ -192,3 +192,41 @@ def test_a_clone_with_crlf_has_line_feeds(tmp_path: Path) -> None:
     assert call(tmp_path, clone).returncode == 0
     for name in ("train.sh", "env.sh", "input.txt", "config.yaml", "tests/run.sh"):
         assert b"\r" not in (tmp_path / "clone" / name).read_bytes(), name
+
+
+COMMANDS = ("train.py", "continue_training.py", "generate.py", "checkpoint.py", "benchmark.py")
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_a_bare_python_is_told_what_to_install(tmp_path: Path, script: str) -> None:
+    """No yaml, no torch: --help answers, or exit 2 with the command that installs; and with
+    PYTHONSAFEPATH the project is found."""
+    for name in ("yaml", "torch", "numpy"):
+        (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError('no', name='{name}')")
+    words = [sys.executable, str(ROOT / script)]
+    shown = call(tmp_path, [*words, "--help"], PYTHONPATH=str(tmp_path))
+    assert "Traceback" not in shown.stdout, shown.stdout
+    assert shown.returncode == 0 or (
+        shown.returncode == 2 and "pip install -r requirements.txt" in shown.stdout
+    )
+    safe = call(tmp_path, [*words, "--help"], PYTHONSAFEPATH="1")
+    assert safe.returncode == 0 and "usage:" in safe.stdout, safe.stdout
+
+
+def test_train_sh_from_other_shells(tmp_path: Path) -> None:
+    """`sh train.sh`, and with CDPATH set."""
+    write_tiny(tmp_path)
+    words = train_sh(tmp_path, "training.train_steps=2", "training.continue_steps=1")
+    result = call(tmp_path, ["sh", *words], NO_INSTALL="1", CDPATH="/usr:/tmp")
+    assert result.returncode == 0 and "done: checkpoints" in result.stdout, result.stdout
+
+
+def test_plots_and_metrics_that_are_odd(tmp_path: Path) -> None:
+    """MPLBACKEND=nonsense, and JSON nested too deep in metrics.jsonl: a line, and the run ends."""
+    write_tiny(tmp_path)
+    assert train(tmp_path, "--train_steps", "2").returncode == 0
+    with open(tmp_path / "run/logs/metrics.jsonl", "a") as file:
+        file.write("[" * 200_000 + "\n")
+    words = ("--resume", "auto", "--train_steps", "4")
+    result = train(tmp_path, *words, fork=False, MPLBACKEND="nonsense")
+    assert result.returncode == 0 and "should not happen" not in result.stdout, result.stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -125,8 +126,8 @@ from smollm.training import memory, setup
 
 plain = setup.set_up
 
-def set_up_and_probe(*arguments):  # as on a GPU: fit_memory before the first step
-    run = plain(*arguments)
+def set_up_and_probe(*arguments, **named):  # as on a GPU: fit_memory before the first step
+    run = plain(*arguments, **named)
     memory.fit_memory(run)
     return run
 
@@ -223,3 +224,87 @@ def test_a_batch_that_cannot_be_shared_is_refused(tmp_path: Path) -> None:
     write_tiny(tmp_path)
     result = torchrun(tmp_path, 3)
     assert "cannot be shared evenly by 3 processes" in result.stdout
+
+
+DIFFERENT = """
+import os, sys
+sys.argv = sys.argv[1:]
+if os.environ["RANK"] == "1":
+    {change}
+from smollm import cli
+import train
+try:
+    cli.execute(train.main)
+except SystemExit as end:  # this script is not the command's own process
+    cli.leave(end.code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "said"),
+    [
+        ("sys.argv.append('training.learning_rate=0.1')", "2", "rank 1: training.learning_rate is"),
+        ("sys.argv.append('training.seed=7')", "2", "rank 1: training.seed is 7, and 42 on rank 0"),
+        ("sys.argv += ['--input_file', 'other.txt']", "3", "rank 1: text_sha256 is"),
+    ],
+)
+def test_ranks_that_disagree(tmp_path: Path, change: str, code: str, said: str) -> None:
+    """Another learning rate, seed or text on rank 1: the rank and the difference in one line,
+    nothing saved."""
+    write_tiny(tmp_path)
+    (tmp_path / "other.txt").write_text((tmp_path / "text.txt").read_text()[:20_000])
+    (tmp_path / "different.py").write_text(DIFFERENT.format(change=change))
+    words = command("train.py", "--train_steps", "20", *SETTINGS)[1:]
+    launcher = [sys.executable, "-m", "smollm.launch", "--standalone", "--nproc_per_node=2"]
+    result = call(
+        tmp_path, [*launcher, "different.py", *words], PYTHONPATH=str(ROOT),
+        EXIT_CODE_FILE=str(tmp_path / "code"),
+    )  # fmt: skip
+    assert result.returncode == int(code), result.stdout
+    assert result.stdout.count(said) == 1 and "Traceback" not in result.stdout, result.stdout
+    assert not list((tmp_path / "run").rglob("step_*"))
+
+
+def test_rank_0_chooses_the_checkpoint(reference: Path, tmp_path: Path) -> None:
+    """After its sweep, for all: killed between the two renames of a save, both ranks go on from
+    what rank 0 brings back; and a rank that sees another directory is named."""
+    write_tiny(tmp_path)
+    shutil.copytree(reference / "run", tmp_path / "run", symlinks=True)
+    newest = step_directory(tmp_path, 20)
+    newest.rename(newest.with_name(".tmp-replaced-step_000020-99"))
+    result = torchrun(tmp_path, 2, "--resume", "auto", "--train_steps", "21")
+    assert result.returncode == 0 and "steps 20 -> 21" in result.stdout, result.stdout
+    (tmp_path / "other").mkdir()
+    shutil.copytree(step_directory(reference, 15), tmp_path / "other/step_000021")
+    change = "sys.argv += ['--save_dir', 'other']"
+    (tmp_path / "different.py").write_text(DIFFERENT.format(change=change))
+    words = command("train.py", "--train_steps", "22", *SETTINGS, "--resume", "auto")[1:]
+    launcher = [sys.executable, "-m", "smollm.launch", "--standalone", "--nproc_per_node=2"]
+    again = call(tmp_path, [*launcher, "different.py", *words], PYTHONPATH=str(ROOT))
+    assert again.returncode == 0, again.stdout  # both take rank 0's: it says which
+    assert "steps 21 -> 22" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "fault", "code", "said"),
+    [
+        (["training.batch_sise=2"], "", 2, "unknown key training.batch_sise"),
+        ([], "step.forward:term:21", 143, "stopped by a signal"),
+        ([], "step.forward:kill:21", 137, "was killed by signal 9 (out of memory?)"),
+    ],
+)
+def test_the_launcher_has_our_voice(
+    tmp_path: Path, words: list[str], fault: str, code: int, said: str
+) -> None:
+    """A misspelt key, a clean stop, a killed rank: one line each, and the exit code."""
+    write_tiny(tmp_path)
+    launcher = [sys.executable, "-m", "smollm.launch", "--standalone", "--nproc_per_node=2"]
+    train_command = command("train.py", "--train_steps", "20", *SETTINGS, *words)[1:]
+    result = call(
+        tmp_path, [*launcher, *train_command], PYTHONPATH=str(ROOT), FAULT=fault,
+        EXIT_CODE_FILE=str(tmp_path / "code"),
+    )  # fmt: skip
+    assert result.returncode == code and said in result.stdout, result.stdout
+    assert "Traceback" not in result.stdout and "ChildFailed" not in result.stdout
+    if not fault:
+        assert len(result.stdout.splitlines()) == 1, result.stdout

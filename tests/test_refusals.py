@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from helpers import (
+    ROOT,
+    call,
     command,
     digest,
     environment,
     events,
+    limit,
     losses,
     reseal,
     step_directory,
@@ -227,3 +233,166 @@ def test_an_interrupted_evaluation_is_made_up_for(tmp_path: Path, visit: int) ->
     assert state["val_loss"] is not None and state["phase_end"] and state["phase"] == 1
     for directory in (quiet, stopped):  # the last samples are on the page too
         assert "--- step 12" in (directory / "run/logs/samples.txt").read_text("utf-8")
+
+
+@pytest.mark.parametrize("how", ["removed", "moved", "replaced"])
+@pytest.mark.parametrize("which", ["checkpoints", "logs"])
+def test_a_directory_that_is_replaced_under_a_run(tmp_path: Path, how: str, which: str) -> None:
+    """`rm -rf` or `mv`, perhaps a second run there: the first one stops, and overwrites nothing."""
+    write_tiny(tmp_path)
+    words = command("train.py", "--train_steps", "99999", "training.save_steps=20")
+    with subprocess.Popen(
+        words, cwd=tmp_path, env=environment(), text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+    ) as process:  # fmt: skip
+        for line in process.stdout:
+            if "saved run/checkpoints/step_000020" in line:
+                break
+        place = tmp_path / "run" / which
+        shutil.move(place, tmp_path / "aside")
+        if how == "removed":
+            shutil.rmtree(tmp_path / "aside")
+        if how == "replaced":
+            (place / "step_000040").mkdir(parents=True)
+            (place / ".lock").touch()
+            (place / "mine").write_text("mine")
+        output = process.communicate(timeout=60)[0]
+    assert process.returncode == 5, output
+    assert f"run/{which}: was removed, moved or replaced" in output and "Traceback" not in output
+    if how == "replaced":
+        assert sorted(p.name for p in place.iterdir()) == [".lock", "mine", "step_000040"]
+        assert list((place / "step_000040").iterdir()) == []
+
+
+def test_one_directory_for_everything(tmp_path: Path) -> None:
+    """The cache in the save_dir or the log_dir: the run does not wait for itself."""
+    write_tiny(tmp_path)
+    words = ("--save_dir", "all", "--log_dir", "all", "data.cache_dir=all", "--train_steps", "4")
+    for more in ((), ("--resume", "auto", "--train_steps", "6")):
+        result = train(tmp_path, *words, *more)
+        assert result.returncode == 0 and "waiting" not in result.stdout, result.stdout
+    (tmp_path / "again").symlink_to("all")
+    words = ("--save_dir", "all", "--log_dir", "logs", "data.cache_dir=again", "--resume", "auto")
+    assert train(tmp_path, *words, "--train_steps", "8").returncode == 0
+
+
+def test_a_log_dir_inside_a_checkpoint_is_refused(copy: Path) -> None:
+    """It would be pruned with it."""
+    words = ("--resume", "auto", "--log_dir", "run/checkpoints/latest/logs", "--train_steps", "14")
+    for more in ((), ("--dry_run",)):
+        assert_refused(copy, 3, "--log_dir run/checkpoints/latest/logs: lies in", *words, *more)
+
+
+@pytest.mark.parametrize("name", ["checkpoints/.lock", "logs/.lock", "logs/metrics.jsonl"])
+def test_a_link_in_the_place_of_our_file(tmp_path: Path, name: str) -> None:
+    """What it points at, outside, is not overwritten: exit 3."""
+    write_tiny(tmp_path)
+    (tmp_path / "precious").write_text("precious")
+    path = tmp_path / "run" / name
+    path.parent.mkdir(parents=True)
+    path.symlink_to(tmp_path / "precious")
+    result = train(tmp_path)
+    assert result.returncode == 3 and "Traceback" not in result.stdout, result.stdout
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_a_link_in_the_place_of_the_run_id(tmp_path: Path) -> None:
+    """It is replaced, not followed."""
+    write_tiny(tmp_path)
+    (tmp_path / "precious").write_text("precious\nerror: forged")
+    for where in ("checkpoints", "logs"):
+        (tmp_path / "run" / where).mkdir(parents=True)
+        (tmp_path / "run" / where / "wandb_run_id").symlink_to(tmp_path / "precious")
+    result = train(tmp_path, "--train_steps", "2")
+    assert result.returncode == 0 and "error: forged" not in result.stdout, result.stdout
+    assert (tmp_path / "precious").read_text() == "precious\nerror: forged"
+
+
+@pytest.mark.parametrize("flag", ["--save_dir", "--log_dir", "--config", "--input_file"])
+def test_an_empty_path_is_refused(tmp_path: Path, flag: str) -> None:
+    """`--save_dir "$UNSET"` does not mean the current directory, in train.sh neither."""
+    write_tiny(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    for words in ((flag, ""), (f"{flag}=",)):
+        result = train(tmp_path, *words)
+        assert result.returncode == 2 and "empty path" in result.stdout, result.stdout
+        shell = call(tmp_path, [str(ROOT / "train.sh"), *words], NO_INSTALL="1")
+        assert shell.returncode == 2 and "empty path" in shell.stdout, shell.stdout
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("wandb_run_id", 7), ("wandb_run_id", "x\nerror: forged"), ("best_val_loss", "low"),
+        ("elapsed_seconds", float("nan")), ("elapsed_seconds", -1), ("val_loss", float("inf")),
+        ("phase", 3), ("step", True), ("tokens", -1), ("position", {"epoch": 0}),
+        ("config", {"training": {"train_steps": None}}),
+        ("config", {"training": {"seed": "x", "learning_rate": [1]}}),
+        ("config", {"model": {"hidden_size": 1e99}}),
+    ],
+)  # fmt: skip
+def test_every_key_that_is_read_is_checked(copy: Path, key: str, value: object) -> None:
+    """Resealed with a wrong type, range or pattern: exit 3 at the start, nothing trained."""
+    directory = step_directory(copy, 12)
+    state = atomic.read_json(directory / "trainer_state.json")
+    atomic.write_json(directory / "trainer_state.json", {**state, key: value})
+    reseal(directory, "trainer_state.json")
+    words = ("--resume", "auto", "--train_steps", "14")
+    assert_refused(copy, 3, "is not one of our checkpoints", *words)
+
+
+FOREIGN = {
+    "FIFO": os.mkfifo,
+    "endless device": lambda path: path.symlink_to("/dev/zero"),
+    "socket": lambda path: socket.socket(socket.AF_UNIX).bind(str(path)),
+    "directory": lambda path: path.mkdir(),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "checkpoints/step_000012/manifest.json", "checkpoints/step_000012/trainer_state.json",
+        "logs/metrics.jsonl", "logs/phase1.log", "checkpoints/wandb_run_id", "logs/wandb_run_id",
+    ],
+)  # fmt: skip
+def test_what_has_no_end_is_not_read(copy: Path, monkeypatch, name: str, kind: str) -> None:
+    """In the place of a file of ours: named, or passed over for the checkpoint before; no hang."""
+    path = copy / "run" / name
+    path.unlink()
+    monkeypatch.chdir(path.parent)  # a socket's path is short
+    FOREIGN[kind](Path(path.name))
+    with limit(60):
+        result = train(copy, "--resume", "auto", "--train_steps", "14", timeout=50)
+    if "step_000012" in name:
+        assert result.returncode == 0 and "steps 10 -> 14" in result.stdout, result.stdout
+    elif (name.endswith("phase1.log") and kind == "endless device") or (
+        name == "checkpoints/wandb_run_id" and kind != "directory"  # it is replaced, not read
+    ):
+        assert result.returncode == 0, result.stdout
+    else:
+        assert result.returncode == 3, result.stdout
+        assert path.name in result.stdout and "should not happen" not in result.stdout
+
+
+def test_escape_codes_are_shown_escaped(tmp_path: Path) -> None:
+    """In prompts, configuration and samples, on the console and in the logs; the text itself is
+    kept in metrics.jsonl."""
+    write_tiny(tmp_path)
+    bell = "\x1b]0;owned\x07"
+    words = (f'generation.prompts=["{bell}The"]', f"wandb.name={bell}x", "training.sample_steps=2")
+    words = tuple(word.replace("\x1b", "\\e").replace("\x07", "\\a") if "prompts" in word else word
+                  for word in words)  # fmt: skip
+    first = train(tmp_path, *words, "--train_steps", "2")
+    assert first.returncode == 0, first.stdout
+    again = train(tmp_path, "--resume", "auto", "--train_steps", "4")
+    assert "changed since the checkpoint: wandb.name" in again.stdout, again.stdout
+    log = (tmp_path / "run/logs/phase1.log").read_text("utf-8")
+    for shown in (first.stdout, again.stdout, log):
+        assert "\x1b" not in shown and "\x07" not in shown and "\\x1b]0;owned\\x07" in shown
+    assert events(tmp_path, "sample")[0]["prompt"] == f"{bell}The"
+    words = ["generate.py", "--checkpoint", "run/checkpoints/latest", "--prompt", f"{bell}The"]
+    shown = call(tmp_path, [sys.executable, str(ROOT / words[0]), *words[1:]]).stdout
+    assert "\x1b" not in shown and "\\x1b]0;owned" in shown

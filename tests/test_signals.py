@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import signal
@@ -241,3 +242,31 @@ def test_a_command_leaves_without_exit_handlers() -> None:
     assert call(
         ROOT, [sys.executable, "-c", "from smollm import cli; print('said'); cli.leave(0)"]
     ).stdout
+
+
+def _state_of(process: subprocess.Popen[str]) -> set[str]:
+    """The states of all processes of a train.sh: R, S, T (stopped), from Linux's /proc."""
+    group = os.getsid(process.pid)
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, IndexError):
+            fields = path.read_text().rpartition(")")[2].split()
+            if int(fields[3]) == group:
+                found.add(fields[0])
+    return found
+
+
+def test_ctrl_z_stops_the_training_too(tmp_path: Path) -> None:
+    """SIGTSTP to train.sh stops every process of it; SIGCONT goes on, to the end."""
+    write_tiny(tmp_path)
+    process = _start(tmp_path, train_sh(tmp_path, "training.train_steps=400"))
+    _wait_for(process, "step   4/400")
+    process.send_signal(signal.SIGTSTP)
+    for _ in range(100):
+        time.sleep(0.05)
+        if _state_of(process) == {"T"}:
+            break
+    assert _state_of(process) == {"T"}
+    process.send_signal(signal.SIGCONT)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0 and "phase 2 complete" in output, output

@@ -7,7 +7,8 @@ from typing import Any
 
 from smollm import atomic
 from smollm.checkpoint import store
-from smollm.config import Config, differences, from_dict, replace_training
+from smollm.config import Config, differences, replace_training
+from smollm.config_reader import from_saved
 from smollm.errors import CheckpointError, ConfigError
 
 # Keys that change what a model computes without changing the shapes of its weights.
@@ -101,7 +102,7 @@ def with_schedule_of(config: Config, directory: Path) -> Config:
 
     So phase 2 goes on at phase 1's final rate, also after a phase 1 with --train_steps.
     """
-    saved = from_dict(store.read_trainer_state(directory)["config"])
+    saved = from_saved(store.read_trainer_state(directory)["config"], "the checkpoint")
     return replace_training(config, train_steps=saved.training.train_steps)
 
 
@@ -129,7 +130,9 @@ def is_of(save_dir: Path, directory: Path) -> bool:
 def changed_input(fingerprint: dict[str, Any], saved: store.Checkpoint) -> list[str]:
     """What differs between two inputs: of the text, the tokenizer and the split."""
     before = saved.trainer_state.get("data", {})
-    return [key for key in fingerprint if before.get(key) != fingerprint[key]]
+    later = {"tokens_sha256"}  # that earlier checkpoints do not have
+    keys = [key for key in fingerprint if key in before or key not in later]
+    return [key for key in keys if before.get(key) != fingerprint[key]]
 
 
 def check_compatible(
@@ -150,7 +153,7 @@ def check_compatible(
             f"({', '.join(changed)} differ); give the same text, or set "
             "data.allow_changed_input=true to go on with this one"
         )
-    old = from_dict(saved.trainer_state["config"])
+    old = from_saved(saved.trainer_state["config"], "the checkpoint")
     for key in _FUNCTION_KEYS:
         was, now = getattr(old.model, key), getattr(config.model, key)
         if was != now:

@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from smollm import atomic, fault_injection, ranks
 from smollm.config import LAST_STEP, CheckpointConfig, sections
+from smollm.config_reader import from_saved
 from smollm.errors import CheckpointError, ResourceError
+from smollm.tracking.wandb_run import RUN_ID
 
 if TYPE_CHECKING:  # a command must find its checkpoint before torch is imported
     from torch import Tensor
@@ -39,6 +41,38 @@ TRAINER_STATE = "trainer_state.json"
 MODEL_FILES = (WEIGHTS, MODEL_CONFIG, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG, MODEL_CARD)
 LATEST, BEST = "latest", "best"
 _STEP = re.compile(r"step_(\d{6})")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_loss(value: Any) -> bool:
+    return value is None or is_finite(value)
+
+
+# What each key of trainer_state.json accepts; null where it may be missing.
+_SCHEMA: dict[str, Callable[[Any], bool]] = {
+    "step": lambda value: _is_count(value) and value <= LAST_STEP,
+    "tokens": _is_count,
+    "elapsed_seconds": lambda value: is_finite(value) and value >= 0,
+    "phase": lambda value: value in (1, 2) and not isinstance(value, bool),
+    "train_loss": _is_loss,
+    "val_loss": _is_loss,
+    "best_val_loss": _is_loss,
+    "best_step": lambda value: value is None or _is_count(value),
+    "wandb_run_id": lambda value: (
+        value is None or bool(re.fullmatch(RUN_ID, str(value))) and isinstance(value, str)
+    ),
+    "parent": lambda value: value is None or isinstance(value, str),
+    "position": lambda value: (
+        value is None
+        or (isinstance(value, dict) and all(_is_count(value.get(k)) for k in ("epoch", "windows")))
+    ),
+    "machine": lambda value: value is None or isinstance(value, dict),
+    "data": lambda value: isinstance(value, dict),
+    "config": lambda value: isinstance(value, dict),
+}
 
 
 @dataclass
@@ -68,6 +102,11 @@ def steps(root: Path) -> list[int]:
 def problem(directory: Path) -> str | None:
     """What is wrong with a checkpoint's files, naming the file; None when it is whole."""
     return atomic.problem(directory, (*MODEL_FILES[:-1], TRAINING_STATE, TRAINER_STATE))
+
+
+def seal(directory: Path) -> str:
+    """The sha256 of a checkpoint's manifest: of everything that it holds."""
+    return atomic.sha256(directory / atomic.MANIFEST)
 
 
 # --- writing -------------------------------------------------------------------------------------
@@ -154,7 +193,7 @@ def summary(directory: Path) -> dict[str, Any]:
 
 def is_finite(loss: Any) -> bool:
     """Whether a loss from a file is a finite number."""
-    return isinstance(loss, float) and math.isfinite(loss)
+    return isinstance(loss, (int, float)) and not isinstance(loss, bool) and math.isfinite(loss)
 
 
 def kept(root: Path, keep: CheckpointConfig, verify: bool = False) -> dict[int, list[str]]:
@@ -167,7 +206,7 @@ def kept(root: Path, keep: CheckpointConfig, verify: bool = False) -> dict[int, 
         verify: hash the newest, so that what is removed is never the last one that is whole.
     """
     whole = [step for step in steps(root) if _has_all_files(directory_of(root, step))]
-    while verify and whole and problem(directory_of(root, whole[-1])):
+    while verify and whole and _is_damaged(directory_of(root, whole[-1])):
         whole.pop()
     found = {step: summary(directory_of(root, step)) for step in whole}
     reasons: dict[int, list[str]] = {step: [] for step in whole}
@@ -187,8 +226,20 @@ def kept(root: Path, keep: CheckpointConfig, verify: bool = False) -> dict[int, 
     return reasons
 
 
-def prune(root: Path, keep: CheckpointConfig) -> None:
-    """Remove the whole checkpoints without a reason to stay, and point `best` at the best."""
+def _is_damaged(directory: Path) -> bool:
+    """Whether a checkpoint is known not to be whole; one that cannot be read is not known to."""
+    try:
+        return problem(directory) is not None
+    except ResourceError:
+        return False
+
+
+def prune(root: Path, keep: CheckpointConfig, log: Callable[[str], None] = print) -> None:
+    """Remove the whole checkpoints without a reason to stay, and point `best` at the best.
+
+    Args:
+        log: takes a line for each that cannot be removed: it stays, and the save counts.
+    """
     reasons = kept(root, keep, verify=True)
     for step, why in reasons.items():
         if "best" in why:
@@ -196,7 +247,15 @@ def prune(root: Path, keep: CheckpointConfig) -> None:
     fault_injection.point("prune.begin")
     for step, why in reasons.items():
         if not why:
-            atomic.remove(directory_of(root, step))
+            try:
+                atomic.remove(directory_of(root, step))
+            except OSError as error:
+                log(f"{directory_of(root, step)}: cannot be removed ({error.strerror}); it stays")
+    best = root / BEST
+    named = atomic.follow(best)
+    stale = not named.is_dir() or not (keep.keep_best or named == best)
+    if stale and (best.is_symlink() or best.is_file()):  # of a checkpoint that is not kept any more
+        best.unlink()
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -292,10 +351,6 @@ def read_trainer_state(directory: Path) -> dict[str, Any]:
         CheckpointError: it is not one of ours, of a newer format, or of another step than its
             directory's name says.
     """
-    kinds = {
-        "step": int, "tokens": int, "elapsed_seconds": (int, float), "phase": int,
-        "data": dict, "config": dict,
-    }  # fmt: skip
     try:
         state = atomic.read_json(directory / TRAINER_STATE)
         version = state["format_version"]
@@ -304,12 +359,13 @@ def read_trainer_state(directory: Path) -> dict[str, Any]:
                 f"{directory}: has format {version}, and this code knows {FORMAT_VERSION}; "
                 "update it"
             )
-        wrong = [key for key, kind in kinds.items() if not isinstance(state[key], kind)]
+        wrong = [key for key, accepts in _SCHEMA.items() if not accepts(state.get(key))]
         wrong += [key for key in sections() if not isinstance(state["config"].get(key, {}), dict)]
-        if wrong or not 0 <= state["step"] <= LAST_STEP:
-            raise ValueError(f"{TRAINER_STATE}: {', '.join(wrong) or 'step'}")
+        if wrong:
+            raise ValueError(f"{TRAINER_STATE}: {', '.join(wrong)}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{directory}: is not one of our checkpoints: {error!r}") from error
+    from_saved(state["config"], f"{directory}/{TRAINER_STATE}")
     name = directory_of(directory.parent, state["step"]).name
     if _STEP.fullmatch(directory.name) and directory.name != name:
         raise CheckpointError(f"{directory}: is of step {state['step']}; rename it to {name}")
@@ -320,30 +376,30 @@ def read_trainer_state(directory: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def lock(root: Path, log: Callable[[str], None]) -> Iterator[None]:
+def lock(root: Path, log: Callable[[str], None]) -> Iterator[atomic.Held | None]:
     """Hold `root` for this run, by rank 0; made if need be, and swept (see `atomic.hold`).
 
     Raises:
         CheckpointError: it lies in a checkpoint.
     """
     if not ranks.is_main():
-        yield
+        yield None
         return
-    refuse_nested(root)
-    with atomic.hold(root, "--save_dir") as swept:
-        if swept:
-            log(f"{root}: after an interrupted save: {', '.join(swept)}")
+    refuse_nested(root, "--save_dir")
+    with atomic.hold(root, "--save_dir") as held:
+        if held.swept:
+            log(f"{root}: after an interrupted save: {', '.join(held.swept)}")
         for line in atomic.missing_features(root):
             log(line)
-        yield
+        yield held
 
 
-def refuse_nested(root: Path) -> None:
-    """Raise CheckpointError where a save_dir would lie in a checkpoint, and be removed with it."""
+def refuse_nested(root: Path, flag: str) -> None:
+    """Raise CheckpointError where a directory would lie in a checkpoint, and be removed with it."""
     real = Path(os.path.realpath(root))
     for place in (real, *real.parents):
         if all(os.path.exists(place / name) for name in (TRAINER_STATE, atomic.MANIFEST)):
             raise CheckpointError(
-                f"--save_dir {root}: lies in the checkpoint {place}, and would be removed with it; "
+                f"{flag} {root}: lies in the checkpoint {place}, and would be removed with it; "
                 f"did you mean {place.parent}?"
             )

@@ -33,6 +33,7 @@ class Writer:
         self.thread: threading.Thread | None = None
         self.error: OSError | UserError | None = None
         self.bug: BaseException | None = None
+        self.warned: set[str] = set()
         self.written: int | None = None  # the newest step that is on the disk
 
     def save(self, checkpoint: Checkpoint, stall_seconds: float = 0.0) -> None:
@@ -55,6 +56,12 @@ class Writer:
         if final and self.error is not None:
             raise CheckpointError(f"the last checkpoint could not be written: {self.error}")
 
+    def _log_once(self, line: str) -> None:
+        """Log a warning that would come again at each save."""
+        if line not in self.warned:
+            self.warned.add(line)
+            self.log(line)
+
     def _write(self, checkpoint: Checkpoint, stall_seconds: float) -> None:
         for attempt in range(1, ATTEMPTS + 1):
             try:
@@ -62,7 +69,7 @@ class Writer:
                 self.written = checkpoint.step
                 directory = store.directory_of(self.root, checkpoint.step)
                 self.on_saved(checkpoint, directory, size, stall_seconds)
-                store.prune(self.root, self.keep)
+                store.prune(self.root, self.keep, self._log_once)
                 return
             except (OSError, UserError) as error:
                 transient = isinstance(error, OSError) and atomic.is_transient(error)

@@ -24,9 +24,7 @@ from smollm.data.documents import Piece, Scan, Text
 from smollm.errors import InputError
 
 FORMAT = 2  # of the cache; 1 kept byte-order marks inside of a text
-TRAIN, VALIDATION, COUNTS, TOKENIZER = (
-    "train.npy", "validation.npy", "counts.json", "tokenizer.json",
-)  # fmt: skip
+TRAIN, VALIDATION, COUNTS = "train.npy", "validation.npy", "counts.json"
 BATCH = 4 * 1024 * 1024  # characters handed to the tokenizer at once
 
 Log = Callable[[str], None]
@@ -113,6 +111,9 @@ def _prepare(config: Config, path: Path, tokenizer_json: str | None, log: Log) -
     else:
         chosen = tokenizer.read(config.tokenizer.source)
     _check_vocabulary(chosen, config, log)
+    content = tokenizer_json or _content(config.tokenizer.source)
+    if content and tokenizer.has_dropout(content):
+        log("the tokenizer's BPE dropout is switched off: a text has the same tokens each time")
     fingerprint = {
         "text_sha256": text.sha256,
         "text_bytes": text.bytes,
@@ -125,9 +126,16 @@ def _prepare(config: Config, path: Path, tokenizer_json: str | None, log: Log) -
         if directory.exists():
             log(f"{directory}: {wrong}; tokenizing again")
         _tokenize(text, chosen, scan(), directory, log)
+    sealed = atomic.read_json(directory / atomic.MANIFEST)["files"]
+    fingerprint["tokens_sha256"] = _key(sealed[TRAIN]["sha256"], sealed[VALIDATION]["sha256"])
     train, validation = (np.load(directory / name, mmap_mode="r") for name in (TRAIN, VALIDATION))
     count = atomic.read_json(directory / COUNTS)["documents"]
     return Corpus(train, validation, chosen, count, fingerprint)
+
+
+def _content(source: str) -> str | None:
+    """The tokenizer.json that tokenizer.source names by its path."""
+    return None if source in ("gpt2", "train") else atomic.read_text(Path(source))
 
 
 def _key(*made_from: Any) -> str:
@@ -138,16 +146,14 @@ def _learned_tokenizer(config: Config, text: Text, scan: Callable[[], Scan]) -> 
     """A tokenizer learned from the training part of the text, or the cached one."""
     key = _key(text.sha256, config.model.vocab_size, config.data.validation_fraction, FORMAT)
     directory = Path(config.data.cache_dir) / f"tokenizer-{key}"
-    if atomic.problem(directory, (TOKENIZER,)):
+    if atomic.problem(directory, (tokenizer.FILE,)):
         parts = documents.split_pieces(text.path, scan().cut)
         texts = (part.text for part in parts if not (part.is_separator or part.held_out))
         learned = tokenizer.learn(texts, config.model.vocab_size)
         text.require_unchanged()
-        temporary = atomic.temporary_directory(directory)
-        (temporary / TOKENIZER).write_text(learned.to_str(), encoding="utf-8")
-        atomic.publish(temporary, directory, "cache")
-    path = directory / TOKENIZER
-    return tokenizer.parse(path.read_text(encoding="utf-8"), str(path))
+        tokenizer.publish(learned.to_str(), directory)
+    path = directory / tokenizer.FILE
+    return tokenizer.parse(atomic.read_text(path), str(path))
 
 
 class _TokenWriter:
@@ -194,7 +200,8 @@ def _tokenize(text: Text, chosen: Tokenizer, scan: Scan, final: Path, log: Log) 
 
     def write_batch() -> None:
         texts = [piece.text for piece in batch if not piece.is_separator]
-        encoded = iter(chosen.encode_batch_fast(texts, add_special_tokens=False))
+        with tokenizer.errors_named("the tokenizer"):
+            encoded = iter(chosen.encode_batch_fast(texts, add_special_tokens=False))
         for piece in batch:
             writers[piece.held_out].write([end] if piece.is_separator else next(encoded).ids)
         batch.clear()

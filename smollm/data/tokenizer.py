@@ -1,5 +1,6 @@
 """Tokenizers: GPT-2's, one learned from the text, or any tokenizer.json."""
 
+import contextlib
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -9,8 +10,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from smollm import atomic
 from smollm.data.documents import SEPARATOR
-from smollm.errors import InputError
+from smollm.errors import InputError, UserError
 
+FILE = "tokenizer.json"
 PAD = "<|pad|>"
 LONGEST_DOCUMENT = 64 * 1024 * 1024  # characters, for tokenizers that cannot be cut
 END_TOKENS = (SEPARATOR, "<|end_of_text|>", "</s>", "<eos>")  # the first that a tokenizer knows
@@ -52,6 +54,8 @@ def parse(text: str, where: str) -> Tokenizer:
         tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # the library raises plain Exception
         raise InputError(f"{where}: is not a tokenizer.json: {error}") from error
+    if getattr(tokenizer.model, "dropout", None):
+        tokenizer.model.dropout = None  # tokens would differ from run to run; see `has_dropout`
     tokenizer.no_truncation()
     tokenizer.no_padding()
     if tokenizer.token_to_id(PAD) is None:
@@ -64,6 +68,11 @@ def parse(text: str, where: str) -> Tokenizer:
             )
     end_token(tokenizer, where)
     return tokenizer
+
+
+def has_dropout(text: str) -> bool:
+    """Whether a tokenizer.json asks for BPE dropout, which `parse` switches off."""
+    return bool((json.loads(text).get("model") or {}).get("dropout"))
 
 
 def size(tokenizer: Tokenizer) -> int:
@@ -86,6 +95,25 @@ def longest_piece(tokenizer: Tokenizer) -> int | None:
     return None if safe else LONGEST_DOCUMENT
 
 
+@contextlib.contextmanager
+def errors_named(where: str) -> Iterator[None]:
+    """What the library raises while it tokenizes, a panic of its Rust code included, as InputError.
+
+    A panic is a BaseException; signals and exits pass.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, UserError, OSError):
+        raise
+    except BaseException as error:
+        if isinstance(error, Exception) or "Panic" in type(error).__name__:
+            first = (str(error).splitlines() or [""])[0]
+            raise InputError(
+                f"{where}: cannot tokenize: {type(error).__name__}: {first}"
+            ) from error
+        raise
+
+
 def end_token(tokenizer: Tokenizer, where: str = "the tokenizer") -> int:
     """The id of the end-of-text token; InputError where there is none."""
     for token in END_TOKENS:
@@ -95,13 +123,13 @@ def end_token(tokenizer: Tokenizer, where: str = "the tokenizer") -> int:
 
 
 def fetch_gpt2(cache: Path) -> Tokenizer:
-    """GPT-2's tokenizer: from the cache, or fetched once by the tokenizers library.
+    """GPT-2's tokenizer: from the cache, sealed by its hash, or fetched once by the library.
 
     Raises:
-        InputError: it is not cached and cannot be fetched; or the cached one is damaged.
+        InputError: it is not cached and cannot be fetched.
     """
-    path = cache / "tokenizer-gpt2.json"
-    if not path.exists():
+    directory = cache / "tokenizer-gpt2"
+    if atomic.problem(directory, (FILE,)):
         try:
             text = Tokenizer.from_pretrained("gpt2").to_str()
         except Exception as error:  # the library raises whatever its HTTP client does
@@ -111,9 +139,15 @@ def fetch_gpt2(cache: Path) -> Tokenizer:
                 "tokenizer.json, or to train, which learns one from the text "
                 f"({type(error).__name__})"
             ) from error
-        with atomic.replacing(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    return parse(path.read_text(encoding="utf-8", errors="replace"), str(path))
+        publish(text, directory)
+    return parse(atomic.read_text(directory / FILE), str(directory / FILE))
+
+
+def publish(text: str, directory: Path) -> None:
+    """Put a tokenizer.json into the cache, as a directory with a manifest."""
+    temporary = atomic.temporary_directory(directory)
+    (temporary / FILE).write_text(text, encoding="utf-8")
+    atomic.publish(temporary, directory, "cache")
 
 
 def read(source: str) -> Tokenizer:
@@ -127,7 +161,7 @@ def read(source: str) -> Tokenizer:
         # A device or FIFO has no end.
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise InputError(f"tokenizer.source {source}: is not a regular file")
-        return parse(path.read_text(encoding="utf-8"), source)
+        return parse(atomic.read_text(path), source)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "is not UTF-8"
         raise InputError(

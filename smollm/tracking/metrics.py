@@ -31,6 +31,10 @@ class Metrics:
         self.lock = threading.Lock()  # the checkpoint writer's thread appends too
         self.waiting: list[str] = []  # lines that could not be written yet
         self.failing = False
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise ResourceError(
+                f"--log_dir {path.parent}: {path} is not a regular file; move it away"
+            )
         try:
             is_ours = wandb_run.read_id(path.parent) == run_id
             if path.exists() and step > 0 and (is_ours or not wandb_run.has_id(path.parent)):
@@ -64,7 +68,7 @@ class Metrics:
                     saved_later |= kind == "checkpoint"
                 else:
                     kept.append(line)
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 self.log(f"{self.path}: a torn line was dropped: {line[:60]!r}")
         if saved_later:
             older = self._numbered()
@@ -88,7 +92,7 @@ class Metrics:
     def _append(self, event: dict[str, Any]) -> None:
         self.waiting.append(json.dumps(event, ensure_ascii=False) + "\n")
         try:
-            with open(self.path, "a", encoding="utf-8") as file:
+            with atomic.append(self.path) as file:
                 start = file.tell()
                 try:
                     fault_injection.point("metrics.write")

@@ -1,5 +1,6 @@
 """Where the events of a run are shown: console, log file, metrics.jsonl, plots and W&B."""
 
+import errno
 import logging
 import os
 import sys
@@ -12,7 +13,7 @@ from tqdm import tqdm
 
 from smollm import ranks
 from smollm.config import Config
-from smollm.errors import ResourceError
+from smollm.errors import ResourceError, printable
 from smollm.tracking.metrics import Metrics
 from smollm.tracking.wandb_run import WandbRun
 
@@ -32,6 +33,12 @@ class _Console(logging.Handler):
             logging.getLogger("run").removeHandler(self)
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)
             logging.getLogger("run").warning("the console went away; going on with the log file")
+
+
+def _make_printable(record: logging.LogRecord) -> bool:
+    """A filter that escapes what a text, prompt or name could do to a terminal or a log."""
+    record.msg, record.args = printable(record.getMessage(), keep="\n"), ()
+    return True
 
 
 class _LogFile(RotatingFileHandler):
@@ -55,12 +62,14 @@ def start_logging(log_dir: Path | None, phase: int) -> logging.Logger:
     logger = logging.getLogger("run")
     logger.setLevel(logging.INFO if ranks.is_main() else logging.ERROR)
     logger.propagate = False
-    logger.handlers = [_Console()]
+    logger.handlers, logger.filters = [_Console()], [_make_printable]
     if log_dir is None or not ranks.is_main():
         return logger
     try:
         log_dir.mkdir(parents=True, exist_ok=True)
         path = log_dir / f"phase{phase}.log"
+        if path.is_fifo() or path.is_socket() or path.is_dir():
+            raise OSError(errno.EINVAL, f"{path.name} is not a file that can be written")
         file = _LogFile(path, maxBytes=LOG_BYTES, backupCount=LOG_FILES, encoding="utf-8")
     except OSError as error:
         raise ResourceError(

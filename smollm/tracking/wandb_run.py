@@ -14,6 +14,8 @@ import os
 import queue
 import re
 import secrets
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -28,6 +30,7 @@ from smollm.errors import ConfigError
 INIT_SECONDS = 30  # to reach the server at the start
 FINISH_SECONDS = 45  # to hand over what is left at the end
 HURRY_SECONDS = 10  # the same when a signal asked for the end
+RUN_ID = "[0-9A-Za-z_-]{1,64}"  # a pattern
 _ID_FILE = "wandb_run_id"  # in save_dir and in log_dir
 Log = Callable[[str], None]
 _SPECIFIED = {"project": "smollm2-training", "watch": "gradients", "log_model": "true"}
@@ -64,11 +67,11 @@ def has_api_key() -> bool:
     """Whether W&B would find an API key: in the environment or in ~/.netrc. Never prompts."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     try:
+        host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
         path = os.environ.get("NETRC") or str(Path.home() / ".netrc")
         return netrc.netrc(path).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError, RuntimeError):
+    except (OSError, ValueError, netrc.NetrcParseError, RuntimeError):  # not UTF-8, no URL, no home
         return False
 
 
@@ -100,8 +103,11 @@ def new_id() -> str:
 def read_id(directory: Path) -> str | None:
     """The id of the run that uses a directory; None where there is none, or no valid one."""
     path = directory / _ID_FILE
-    known = path.read_text("utf-8", "replace").strip() if path.exists() else ""
-    return known if re.fullmatch("[0-9A-Za-z_-]{1,64}", known) else None
+    try:
+        known = atomic.read_text(path, 1000).strip()
+    except (FileNotFoundError, UnicodeDecodeError):
+        return None
+    return known if re.fullmatch(RUN_ID, known) else None
 
 
 def has_id(directory: Path) -> bool:
@@ -181,6 +187,9 @@ class WandbRun:
             while (job := self.jobs.get()) is not None and not self.failed:
                 job(run)
             run.finish()
+            if self.mode == "online":  # offline `wandb sync` still needs the copies
+                shutil.rmtree(self.directory / "wandb" / "artifacts" / "staging", True)
+            shutil.rmtree(self.directory / "wandb" / "tmp", ignore_errors=True)
         except BaseException as error:  # tracking must never stop a run
             text = " ".join(str(error).split())[:200]
             self._fail(f"{type(error).__name__}: {text}")
@@ -191,6 +200,10 @@ class WandbRun:
         # W&B's copies of small artifact files wait beside the run, not in the home directory.
         os.environ.setdefault("WANDB_DATA_DIR", str(wandb_directory))
         os.environ.setdefault("WANDB_CACHE_DIR", str(wandb_directory))
+        # And so do its temporary directories, which it removes in exit handlers that do not run.
+        tempfile.tempdir = str(wandb_directory / "tmp")
+        shutil.rmtree(tempfile.tempdir, ignore_errors=True)
+        os.makedirs(tempfile.tempdir)
         import wandb
 
         run = wandb.init(

@@ -6,7 +6,7 @@ import gc
 import math
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,7 @@ class Run:
     """Everything that a run in progress holds; made by `setup.set_up`."""
 
     job: Job
+    held: Sequence[atomic.Held]  # directories that must stay what they were
     hardware: Hardware
     corpus: Corpus
     dataset: TokenDataset
@@ -170,8 +171,14 @@ class Run:
 
     # --- between steps ---
 
+    def check_directories(self) -> None:
+        """Raise LockedError where a directory of this run was replaced: before each write."""
+        for held in self.held:
+            held.check()
+
     def report(self, result: StepResult) -> None:
         """The scalars of the step just read, and the gradient norm of each layer."""
+        self.check_directories()
         progress, config = self.progress, self.config
         seconds = self.stopwatch.lap(progress.step)
         tokens_per_second = config.tokens_per_step / seconds
@@ -220,6 +227,7 @@ class Run:
             self.corpus.validation, self.config.data.sequence_length, self.train_step.micro_batch,
             IGNORE_INDEX, ranks.rank(), ranks.world_size(),
         )  # fmt: skip
+        self.check_directories()
         with self.stopwatch.pause():
             found = evaluate(self.model, batches, self.hardware.device, self.interrupted)
             if found is None:
@@ -285,6 +293,7 @@ class Run:
         with self.stopwatch.pause():
             began = time.monotonic()
             self.writer.wait()
+            self.check_directories()
             weights, training_state = self.host_copy.take()
             if not ranks.is_main():
                 return
@@ -311,6 +320,7 @@ class Run:
             "phase_end": self.progress.step == self.job.last,
             "wandb_run_id": self.run_id,
             "parent": self.parent,
+            "machine": hardware.fingerprint(self.hardware),
             "position": dataclasses.asdict(self.dataset.position(self.progress.step)),
             "data": self.corpus.fingerprint,
             "world_size": ranks.world_size(),

@@ -2,8 +2,9 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -12,11 +13,12 @@ from model import CausalLM, count_parameters, initialize
 from smollm import atomic, distributed, generation, hardware, randomness, ranks
 from smollm.checkpoint import resume, state, store
 from smollm.checkpoint.writer import Writer
-from smollm.config import Config, from_dict
+from smollm.config import Config, to_dict
+from smollm.config_reader import from_saved
 from smollm.data import token_cache
 from smollm.data.batches import Position, TokenDataset
 from smollm.data.token_cache import Corpus
-from smollm.errors import ResourceError, UserError, is_memory_full
+from smollm.errors import ConfigError, InputError, ResourceError, UserError, is_memory_full
 from smollm.hardware import Hardware
 from smollm.tracking import wandb_run
 from smollm.tracking.tracker import Tracker, start_logging
@@ -35,14 +37,17 @@ MEMORISED_EPOCHS = 16  # repeating a text more often than this adds little (arXi
 
 
 @contextlib.contextmanager
-def running(job: Job) -> Iterator[Run]:
+def running(job: Job, held: list[atomic.Held]) -> Iterator[Run]:
     """A run from its set-up to its end; it is trained in this context.
+
+    Args:
+        held: the directories that this process holds for the run.
 
     Raises:
         UserError: of any kind. What was saved until then is on the disk.
     """
     logger = start_logging(None if job.dry_run else job.log_dir, job.phase)
-    run = set_up(job, logger)
+    run = set_up(job, logger, held=held)
     if job.dry_run:
         yield run
         mode, reason = wandb_run.choose_mode(wandb_run.settings(job.config.wandb))
@@ -84,11 +89,17 @@ def _errors_reported(run: Run) -> Iterator[None]:
         raise said from error
 
 
-def set_up(job: Job, logger: logging.Logger, corpus: Corpus | None = None) -> Run:
+def set_up(
+    job: Job,
+    logger: logging.Logger,
+    corpus: Corpus | None = None,
+    held: Sequence[atomic.Held] = (),
+) -> Run:
     """Everything up to the first step.
 
     Args:
         corpus: a tokenized text, where the job's input_file is not to be read.
+        held: see `running`.
     """
     config, log = job.config, logger.info
     machine = hardware.choose(config, ranks.local_rank())
@@ -96,6 +107,9 @@ def set_up(job: Job, logger: logging.Logger, corpus: Corpus | None = None) -> Ru
     distributed.start(machine.device)
     saved = store.read(job.resume_from) if job.resume_from else None
     corpus = corpus or _open_corpus(job, saved, log)
+    flat = {f"{s}.{k}": v for s, keys in to_dict(config).items() for k, v in keys.items()}
+    distributed.require_agreement({"the code": code_version(), **flat}, ConfigError)
+    distributed.require_agreement(corpus.fingerprint, InputError)
     parallel = _build_model(config, machine, saved)
     optimizer = build_optimizer(parallel.model, config.training)
     if saved:
@@ -124,6 +138,7 @@ def set_up(job: Job, logger: logging.Logger, corpus: Corpus | None = None) -> Ru
 
     run = Run(
         job=job,
+        held=held,
         hardware=machine,
         corpus=corpus,
         dataset=dataset,
@@ -137,11 +152,22 @@ def set_up(job: Job, logger: logging.Logger, corpus: Corpus | None = None) -> Ru
         resumed_phase=saved.trainer_state["phase"] if saved else job.phase,
         parent=parent,
     )
-    before = from_dict(saved.trainer_state["config"]).training if saved else None
+    for line in _machine_changes(machine, saved):
+        log(line)
+    before = from_saved(saved.trainer_state["config"], "the checkpoint").training if saved else None
     first = progress.step + 1
     for line in [*describe(run), *rate_warnings(config.training, before, first, job.last)]:
         log(line)
     return run
+
+
+def code_version() -> str:
+    """A hash of the project's Python files."""
+    root = Path(__file__).resolve().parents[2]
+    digest = hashlib.sha256()
+    for path in sorted([*root.glob("*.py"), *root.glob("smollm/**/*.py")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _open_corpus(job: Job, saved: store.Checkpoint | None, log: Callable[[str], None]) -> Corpus:
@@ -237,6 +263,15 @@ def describe(run: Run) -> list[str]:
             "steps for a model that generalises"
         )
     return lines
+
+
+def _machine_changes(machine: Hardware, saved: store.Checkpoint | None) -> Iterator[str]:
+    """A line where the run goes on under conditions that give other last bits."""
+    before = (saved.trainer_state.get("machine") or {}) if saved else {}
+    now = hardware.fingerprint(machine)
+    changed = [f"{k}: {v} -> {now.get(k, 'none')}" for k, v in before.items() if now.get(k) != v]
+    if changed:
+        yield f"not bitwise from here: {', '.join(changed)}"
 
 
 def _check_disk(job: Job, size: int, log: Callable[[str], None]) -> None:

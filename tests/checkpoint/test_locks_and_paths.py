@@ -23,6 +23,7 @@ from helpers import in_child, limit
 import checkpoint as command
 from smollm import cli
 from smollm.checkpoint import store
+from smollm.checkpoint.writer import Writer
 from smollm.config import CheckpointConfig
 from smollm.errors import LockedError, UserError
 
@@ -107,14 +108,6 @@ def make_read_only(path: Path, lock: bool) -> Path:
     return path
 
 
-def with_left_over(path: Path) -> Path:
-    """A directory with another user's left-over, which cannot be removed."""
-    (path / ".tmp-step_000030-999").mkdir(parents=True)
-    (path / ".tmp-step_000030-999" / "part").touch()
-    path.chmod(0o777)
-    return path
-
-
 def with_lock_directory(path: Path) -> Path:
     """A directory in which everything is allowed, and `.lock` is a directory."""
     (path / ".lock").mkdir(parents=True)
@@ -147,7 +140,6 @@ BAD_PATHS = {
     "read-only, used before": lambda t: make_read_only(t / "save", lock=True),
     "below read-only": lambda t: make_read_only(t / "save", lock=False) / "new",
     "closed": lambda t: made(t / "save", lambda p: p.mkdir(mode=0)),
-    "another user's left-over": lambda t: with_left_over(t / "save"),
 }
 
 
@@ -186,3 +178,45 @@ def test_configuration_of_retention_is_what_these_tests_use():
     """keep_last, keep_best, keep_steps: the fields in the order in which they are given here."""
     names = [field.name for field in dataclasses.fields(CheckpointConfig)]
     assert names == ["keep_last", "keep_best", "keep_steps"]
+
+
+def test_a_left_over_that_cannot_be_removed_is_named_and_passed_over(open_tmp):
+    """Another user's, say: the run goes on beside it."""
+    root = open_tmp / "save"
+    (root / ".tmp-step_000030-999").mkdir(parents=True)
+    (root / ".tmp-step_000030-999" / "part").touch()
+    root.chmod(0o777)
+
+    def attempt() -> str:
+        lines: list[str] = []
+        with store.lock(root, lines.append):
+            store.write(root, tiny(10))
+        return " ".join(lines)
+
+    said = in_child(attempt, nobody=True)
+    assert ".tmp-step_000030-999 cannot be removed (Permission denied) and stays" in said
+    assert_loads(root / "latest", 10)
+
+
+def test_an_old_checkpoint_that_cannot_be_removed(open_tmp):
+    """Another user made it read-only: said once, the saves count, and it keeps its name, whole."""
+    root = open_tmp / "save"
+    for step in (10, 20):
+        store.write(root, tiny(step))
+    (root / "step_000010").chmod(0o555)
+    for path in (root / "step_000020", root):
+        path.chmod(0o777)
+
+    def attempt() -> str:
+        lines: list[str] = []
+        writer = Writer(root, CheckpointConfig(1, False), lines.append, lambda *saved: None)
+        for step in (30, 40, 50):
+            writer.save(tiny(step))
+            writer.wait(final=True)
+        return "; ".join(lines)
+
+    said = in_child(attempt, nobody=True)
+    assert said == f"{root}/step_000010: cannot be removed (Permission denied); it stays", said
+    assert store.steps(root) == [10, 50]
+    assert_loads(root / "step_000010", 10)
+    assert in_child(attempt, nobody=True) == said  # the next start is no different

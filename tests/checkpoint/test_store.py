@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
+import signal
 import time
 
 import pytest
@@ -20,10 +23,12 @@ from checkpoint_helpers import (
     tiny,
     zero_page,
 )
+from helpers import in_child
 
+import checkpoint as command
 from smollm.checkpoint import store
 from smollm.config import CheckpointConfig
-from smollm.errors import CheckpointError
+from smollm.errors import CheckpointError, ResourceError
 
 
 def test_a_checkpoint_has_its_files_and_loads(root):
@@ -131,3 +136,60 @@ def test_a_wrong_use_of_the_command_is_answered_at_once(words, code, fragment):
     assert time.monotonic() - began < 3
     assert_refused(done, code, fragment)
     assert done.stdout == "" and len(done.stderr.splitlines()) == 1
+
+
+def test_what_is_pruned_meanwhile_is_no_damage(tmp_path):
+    """verify and latest while a run saves and prunes as fast as it can: never DAMAGED."""
+    root = tmp_path / "save"
+    store.write(root, tiny(1))
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            for step in range(2, 9999):
+                store.write(root, tiny(step))
+                store.prune(root, CheckpointConfig(keep_last=1, keep_best=False))
+        os._exit(1)
+    try:
+        for _ in range(40):
+            output = io.StringIO()
+            with contextlib.redirect_stdout(output):
+                assert command.verify(root) == 0, output.getvalue()
+            assert "DAMAGED" not in output.getvalue()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_best_is_removed_when_it_is_not_kept(root):
+    """keep_best=false after true: the link does not dangle."""
+    store.prune(root, CheckpointConfig(keep_last=1))
+    assert (root / "best").is_dir()
+    for step in (30, 40):
+        store.write(root, tiny(step, val_loss=9.0))
+        store.prune(root, CheckpointConfig(keep_last=1, keep_best=False))
+    assert not os.path.lexists(root / "best") and store.steps(root) == [40]
+
+
+def test_what_macos_leaves_in_a_checkpoint_is_no_damage(root):
+    """`._*` and `.DS_Store`."""
+    for name in ("._model.safetensors", ".DS_Store", "._config.json"):
+        (root / "step_000020" / name).write_bytes(b"mac")
+    assert store.problem(root / "step_000020") is None
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_passed_over(open_tmp):
+    """EACCES on the newest: exit 3, instead of training again from an older one."""
+    root = open_tmp / "save"
+    for step in (10, 20):
+        store.write(root, tiny(step))
+    root.chmod(0o755)
+    (root / "step_000020" / "model.safetensors").chmod(0)
+
+    def attempt() -> str:
+        try:
+            return str(store.newest_whole(root, lambda line: None))
+        except ResourceError as error:
+            return f"{error.exit_code} {error}"
+
+    said = in_child(attempt, nobody=True)
+    assert said.startswith("3 ") and "step_000020/model.safetensors: cannot be read" in said, said

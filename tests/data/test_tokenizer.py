@@ -33,7 +33,7 @@ from smollm import generation
 from smollm.data import documents, token_cache
 from smollm.data import tokenizer as tokenizer_module
 from smollm.data.documents import SEPARATOR
-from smollm.data.tokenizer import PAD, learn, parse
+from smollm.data.tokenizer import PAD, errors_named, learn, parse, publish
 from smollm.errors import InputError
 
 
@@ -78,7 +78,7 @@ def test_a_checkpoints_tokenizer_wins(tmp_path, settings, small_tokenizer):
     ("content", "hint"),
     [
         (None, "No such file"),
-        ("directory", "Is a directory"),
+        ("directory", "is not a regular file"),
         (b"noise", "is not a tokenizer.json"),
         (b"{}", "is not a tokenizer.json"),
         (b"\xff\xfe", "is not UTF-8"),
@@ -136,26 +136,63 @@ def test_gpt2_without_network_names_both_ways_out(tmp_path):
 
 
 @needs_shared
-def test_gpt2_is_fetched_once(tmp_path, settings):
-    """With gpt2 in the cache no network is needed; it has 50,257 entries and `<|pad|>`."""
-    (tmp_path / "cache").mkdir()
-    cached = tmp_path / "cache" / "tokenizer-gpt2.json"
-    cached.write_bytes(GPT2.read_bytes())
+def test_gpt2_is_fetched_once_and_sealed(tmp_path, settings, monkeypatch):
+    """With gpt2 in the cache no network is needed; it has 50,257 entries and `<|pad|>`. One in
+    which two merges were swapped is not used."""
+    directory = tmp_path / "cache/tokenizer-gpt2"
+    directory.parent.mkdir()
+    publish(GPT2.read_text("utf-8"), directory)
     corpus = prepare(settings("gpt2", 50258), write(tmp_path, BODY))
     assert corpus.tokenizer.get_vocab_size() == 50258
     assert corpus.tokenizer.token_to_id(PAD) == 50257
-
-
-@pytest.mark.parametrize("content", [b"noise", b"\xff\xff"])
-def test_a_damaged_gpt2_cache_is_named_or_fetched_again(tmp_path, settings, monkeypatch, content):
-    """A cached gpt2 that cannot be read is an InputError with its path, or with the ways out."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    (tmp_path / "cache").mkdir()
-    cached = tmp_path / "cache" / "tokenizer-gpt2.json"
-    cached.write_bytes(content)
-    with pytest.raises(InputError) as caught:
-        prepare(settings("gpt2", 50258), write(tmp_path, BODY))
-    assert str(cached) in str(caught.value) or "network" in str(caught.value)
+    content = json.loads((directory / "tokenizer.json").read_text("utf-8"))
+    merges = content["model"]["merges"]
+    merges[300], merges[301] = merges[301], merges[300]
+    for damaged in (json.dumps(content), "noise", ""):
+        (directory / "tokenizer.json").write_text(damaged)
+        with pytest.raises(InputError, match="cannot be fetched"):
+            prepare(settings("gpt2", 50258), write(tmp_path, BODY))
+
+
+def test_dropout_of_a_tokenizer_is_switched_off(tmp_path, settings):
+    """BPE dropout would give other tokens at each tokenization: said, and the same each time."""
+    content = json.loads(learn([BODY], 400).to_str())
+    content["model"]["dropout"] = 0.5
+    source = tmp_path / "tokenizer.json"
+    source.write_text(json.dumps(content))
+    path, found = write(tmp_path, BODY), []
+    for cache in ("one", "other"):
+        lines = []
+        corpus = prepare(settings(source, 600, cache_dir=str(tmp_path / cache)), path, lines.append)
+        found.append((tokens_of(corpus), corpus.fingerprint))
+        assert any("dropout is switched off" in line for line in lines)
+    assert found[0] == found[1] and "tokens_sha256" in found[0][1]
+    content["model"]["dropout"] = None
+    assert found[0][0] == reference_tokens(BODY, Tokenizer.from_str(json.dumps(content)))
+
+
+def test_a_tokenizer_that_fails_at_a_text_is_named(tmp_path, settings):
+    """WordLevel without an unknown token raises: exit 3 that names the tokenizer."""
+    tokenizer = Tokenizer(models.WordLevel({"Line": 0, "</s>": 1}))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    source = tmp_path / "tokenizer.json"
+    tokenizer.save(str(source))
+    with pytest.raises(InputError, match="the tokenizer: cannot tokenize"):
+        prepare(settings(source, 600), write(tmp_path, BODY))
+
+
+def test_a_panic_in_the_library_is_an_error() -> None:
+    """Its Rust code panics with a BaseException; a signal is none."""
+    panic = type("PanicException", (BaseException,), {})
+    with (
+        pytest.raises(InputError, match="here: cannot tokenize: PanicException: index out"),
+        errors_named("here"),
+    ):
+        raise panic("index out of range")
+    for passed in (KeyboardInterrupt, SystemExit):
+        with pytest.raises(passed), errors_named("here"):
+            raise passed
 
 
 def metaspace(vocabulary: int = 400) -> Tokenizer:

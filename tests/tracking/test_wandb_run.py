@@ -76,13 +76,18 @@ def history_of(records: list) -> list[dict]:
 def test_offline_files_hold_everything(tmp_path: Path) -> None:
     """Metrics, the samples table, histograms, plots, artifacts and code, one run in both phases."""
     write_tiny(tmp_path)
+    (tmp_path / "temporary").mkdir()
     home = {"HOME": str(tmp_path / "home"), "XDG_CACHE_HOME": str(tmp_path / "home/cache")}
+    home["TMPDIR"] = str(tmp_path / "temporary")
     words = ("wandb.mode=auto", *SETTINGS)
     first = train(tmp_path, *words, **home)
     assert first.returncode == 0, first.stdout
     assert "offline" in first.stdout and "wandb sync" in first.stdout
     second = train(tmp_path, *words, script="continue_training.py", **home)
     assert second.returncode == 0, second.stdout
+    left = [path.name for path in (tmp_path / "temporary").iterdir()]
+    assert not [name for name in left if not name.startswith("torchinductor")]  # PyTorch's cache
+    assert not (tmp_path / "run/logs/wandb/tmp").exists()
     records = records_of(tmp_path)
     rows = history_of(records)
     trained = {row["step"]: row for row in rows if "train/loss" in row}
@@ -409,3 +414,16 @@ def test_five_resumes_from_earlier_steps_are_one_run(tmp_path: Path) -> None:
     assert sorted(losses(tmp_path)) == list(range(1, 13))
     state = json.loads((tmp_path / "run/checkpoints/latest/trainer_state.json").read_text())
     assert set(ids) == {state["wandb_run_id"]}
+
+
+@pytest.mark.parametrize(
+    ("content", "url"),
+    [(b"machine caf\xe9 login x password y\n", "https://api.wandb.ai"), (b"", "http://[broken")],
+)
+def test_a_broken_discovery_ends_nothing(tmp_path: Path, content: bytes, url: str) -> None:
+    """A Latin-1 byte in ~/.netrc, a broken WANDB_BASE_URL: not logged in, and the run goes on."""
+    write_tiny(tmp_path)
+    (tmp_path / ".netrc").write_bytes(content)
+    words = ("--dry_run", "wandb.mode=auto")
+    result = train(tmp_path, *words, HOME=str(tmp_path), WANDB_BASE_URL=url)
+    assert result.returncode == 0 and "offline (not logged in" in result.stdout, result.stdout
