@@ -30,6 +30,7 @@ import os
 import re
 import resource
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -321,7 +322,10 @@ def _main() -> int:
         "environment": {k: v for k, v in os.environ.items() if k.startswith(VARIABLES)},
         "config": to_dict(config),
     }
-    temporary = functools.partial(tempfile.TemporaryDirectory, prefix="benchmark-")
+    for left in cache.glob("benchmark-*-*"):  # of one that was killed
+        if not Path(f"/proc/{left.name.split('-')[1]}").exists():
+            shutil.rmtree(left, ignore_errors=True)
+    temporary = functools.partial(tempfile.TemporaryDirectory, prefix=f"benchmark-{os.getpid()}-")
     try:
         with temporary(dir=cache.resolve()) as scratch, temporary() as compiled:
             # Empty at first: the first round of a side compiles, later ones find what it left.

@@ -17,7 +17,7 @@ from pathlib import Path
 from smollm import ranks, signals
 from smollm.config import LAST_STEP, Config
 from smollm.config_reader import load
-from smollm.errors import ConfigError, UserError, is_memory_full, printable
+from smollm.errors import ConfigError, UserError, is_memory_full, is_threads_exhausted, printable
 
 RANK_0_SECONDS = 10.0  # how long the other ranks leave it to rank 0 to report an error
 
@@ -168,6 +168,9 @@ def _unexpected(error: Exception) -> int:
             "error: this machine's memory is full; lower training.batch_size and raise "
             f"training.gradient_accumulation_steps, or use a smaller model ({error})"
         )
+        return 3
+    if is_threads_exhausted(error):
+        _report(f"error: this user may start no more threads; raise `ulimit -u` ({error})")
         return 3
     if isinstance(error, OSError):
         _report(f"error: {error.filename or 'the system'}: {error.strerror or error}")

@@ -79,6 +79,12 @@ class DivergedError(UserError):
     exit_code = 4
 
 
+def is_threads_exhausted(error: BaseException) -> bool:
+    """Whether an error says that this user may start no more threads (`ulimit -u`)."""
+    words = ("can't start new thread", "failed to spawn thread", "ThreadPoolBuildError")
+    return any(word in str(error) for word in words)
+
+
 def is_memory_full(error: BaseException) -> bool:
     """Whether an error says that the host's memory is full: Python's, torch's or the loader's."""
     words = ("DefaultCPUAllocator", "can't allocate memory", "failed to map segment", "std::bad_al")

@@ -152,6 +152,8 @@ def test_the_table_is_printed_and_nothing_is_left(measured):
 
 def test_a_failing_measurement_is_one_line_and_keeps_the_others(tmp_path):
     helpers.write_tiny(tmp_path)
+    left = tmp_path / "cache/benchmark-999999999-x"  # of a benchmark that was killed
+    (left / "scratch").mkdir(parents=True)
     words = ("--only", "tokenize", "--json", "part.json", "tokenizer.source=nowhere.json")
     done = call(tmp_path, *words)
     assert done.returncode == 3
@@ -200,6 +202,7 @@ def test_wrong_usage_exits_2(monkeypatch, tmp_path, words, named):
         (("training.batch_sise=2",), ConfigError, 2, "batch_size"),
         (("--config", "none.yaml"), ConfigError, 2, "none.yaml"),
         (("--json", "no/where.json"), ConfigError, 2, "no/where.json"),
+        (("--json", "."), ConfigError, 2, "is a directory"),
         (("--input_file", "none.txt"), UserError, 3, "none.txt"),
     ],
 )

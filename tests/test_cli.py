@@ -81,6 +81,8 @@ def test_the_machines_answers_are_no_bugs() -> None:
         ("PermissionError(13, 'Permission denied', 'a/b')", 3, "error: a/b: Permission denied"),
         ("OSError(28, 'No space left on device')", 3, "No space left on device"),
         ("ModuleNotFoundError('No module', name='numpy')", 2, "numpy is not installed"),
+        ('RuntimeError("can\'t start new thread")', 3, "no more threads; raise `ulimit -u`"),
+        ("MemoryError()", 3, "memory is full; lower training.batch_size"),
         ("ValueError('x')", 1, "this should not happen: ValueError: x"),
     ):
         program = f"from smollm import cli\ndef main(): raise {error}\ncli.execute(main)"

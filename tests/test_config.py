@@ -18,7 +18,7 @@ import pytest
 from helpers import ROOT, limit
 
 from smollm import config_reader
-from smollm.config import Config, differences, from_dict, replace_training, sections, to_dict
+from smollm.config import Config, differences, replace_training, sections, to_dict
 from smollm.errors import ConfigError
 
 KEYS = [
@@ -102,7 +102,7 @@ def assert_valid(config: Config) -> None:
                     assert one in field.metadata["choices"], where
     assert config.model.hidden_size % (2 * config.model.num_attention_heads) == 0
     json.dumps(to_dict(config), allow_nan=False)
-    assert from_dict(to_dict(config)) == config
+    assert config_reader.from_saved(to_dict(config), "saved") == config
 
 
 # --- the files of the repository -----------------------------------------------------------------
@@ -820,9 +820,9 @@ def test_replace_training_and_generation_flags_are_checked():
 
 
 def test_a_configuration_of_another_version_can_be_read():
-    """from_dict leaves out what it does not know and fills in what is missing (checkpoints)."""
+    """from_saved leaves out what it does not know and fills in what is missing (checkpoints)."""
     values = to_dict(replace_training(Config(), seed=7))
     values["training"]["of_the_future"] = 1
     values["future"] = {"key": 1}
     del values["wandb"], values["model"]["attention"]
-    assert from_dict(values) == replace_training(Config(), seed=7)
+    assert config_reader.from_saved(values, "saved") == replace_training(Config(), seed=7)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, call, small_model, train, write_tiny
+from helpers import ROOT, call, reseal, small_model, train, write_tiny
+from safetensors.torch import load_file, save_file
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from smollm import generation
@@ -252,3 +253,16 @@ def test_transformers_takes_longer_prompts_than_our_samples(run: Path, tmp_path:
     path = tmp_path / "run/checkpoints/latest/generation_config.json"
     sampling = {k: v for k, v in json.loads(path.read_text()).items() if not k.endswith("_id")}
     assert sampling == {"do_sample": False}
+
+
+def test_weights_that_are_not_finite_are_named(run: Path, tmp_path: Path) -> None:
+    """Not samples of noise, and no JSON with NaN: exit 3."""
+    copy = tmp_path / "step_000012"
+    shutil.copytree(run / "run/checkpoints/step_000012", copy)
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    reseal(copy, "model.safetensors")
+    result = generate(run, "--checkpoint", str(copy), "--json")
+    assert result.returncode == 3, result.stdout
+    assert "model.norm.weight holds numbers that are not finite" in result.stdout

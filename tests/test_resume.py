@@ -435,3 +435,24 @@ def test_dry_run_writes_nothing(tmp_path: Path) -> None:
     )
     assert bad.returncode == 3
     assert "input.txt" in bad.stdout and "Traceback" not in bad.stdout
+
+
+def test_bytes_say_on_what_they_were_made(reference: Path, tmp_path: Path) -> None:
+    """Other threads, another instruction set or precision at a resume: "not bitwise from here";
+    under the same conditions nothing is said."""
+    _copy_of(reference, tmp_path, 6)
+    words = ("--resume", "auto", KEEP_ALL)
+    same = train(tmp_path, *words, "--train_steps", "7", fork=False)
+    assert same.returncode == 0 and "not bitwise" not in same.stdout, same.stdout
+    for step, precision, changes, said in (
+        (8, "auto", {"OMP_NUM_THREADS": "2"}, "threads: 1 -> 2"),
+        # float32: PyTorch's bfloat16 attention does not support such a lowering everywhere.
+        (9, "fp32", {"ATEN_CPU_CAPABILITY": "default"}, "dtype: bfloat16 -> float32"),
+        (10, "fp32", {"ONEDNN_MAX_CPU_ISA": "AVX2"}, "oneDNN: as the processor has -> AVX2"),
+    ):
+        steps = ("--train_steps", str(step), f"training.precision={precision}")
+        result = train(tmp_path, *words, *steps, fork=False, **changes)
+        assert result.returncode == 0, result.stdout
+        line = next(line for line in result.stdout.splitlines() if "not bitwise" in line)
+        assert said in line and ("instructions: " in line) == (step > 8), line
+    assert _state(tmp_path, 10)["machine"]["oneDNN"] == "AVX2"

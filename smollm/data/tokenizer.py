@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from smollm import atomic
 from smollm.data.documents import SEPARATOR
-from smollm.errors import InputError, UserError
+from smollm.errors import InputError, ResourceError, UserError, is_threads_exhausted
 
 FILE = "tokenizer.json"
 PAD = "<|pad|>"
@@ -107,6 +107,10 @@ def errors_named(where: str) -> Iterator[None]:
         raise
     except BaseException as error:
         if isinstance(error, Exception) or "Panic" in type(error).__name__:
+            if is_threads_exhausted(error):
+                raise ResourceError(
+                    f"{where}: this user may start no more threads; raise `ulimit -u`"
+                ) from error
             first = (str(error).splitlines() or [""])[0]
             raise InputError(
                 f"{where}: cannot tokenize: {type(error).__name__}: {first}"

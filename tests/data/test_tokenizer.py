@@ -34,7 +34,7 @@ from smollm.data import documents, token_cache
 from smollm.data import tokenizer as tokenizer_module
 from smollm.data.documents import SEPARATOR
 from smollm.data.tokenizer import PAD, errors_named, learn, parse, publish
-from smollm.errors import InputError
+from smollm.errors import InputError, ResourceError
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path, settings):
@@ -145,7 +145,7 @@ def test_gpt2_is_fetched_once_and_sealed(tmp_path, settings, monkeypatch):
     corpus = prepare(settings("gpt2", 50258), write(tmp_path, BODY))
     assert corpus.tokenizer.get_vocab_size() == 50258
     assert corpus.tokenizer.token_to_id(PAD) == 50257
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # read at its import
     content = json.loads((directory / "tokenizer.json").read_text("utf-8"))
     merges = content["model"]["merges"]
     merges[300], merges[301] = merges[301], merges[300]
@@ -190,6 +190,11 @@ def test_a_panic_in_the_library_is_an_error() -> None:
         errors_named("here"),
     ):
         raise panic("index out of range")
+    with (
+        pytest.raises(ResourceError, match="no more threads; raise `ulimit -u`"),
+        errors_named("x"),
+    ):
+        raise panic("ThreadPoolBuildError { kind: IOError(Os { code: 11 }) }")
     for passed in (KeyboardInterrupt, SystemExit):
         with pytest.raises(passed), errors_named("here"):
             raise passed
