@@ -155,10 +155,16 @@ def test_fifty_signals_in_a_second(tmp_path: Path, pause: float) -> None:
 # --- through train.sh ----------------------------------------------------------------------------
 
 
-def _finish_train_sh(directory: Path, reference: Path) -> None:
-    """./train.sh again: to the end of phase 2, with the undisturbed run's bytes."""
-    result = call(directory, train_sh(directory, *SETTINGS), NO_INSTALL="1")
-    assert result.returncode == 0, result.stdout
+def _finish(directory: Path, reference: Path, shell: bool = True) -> None:
+    """./train.sh again, or its two commands: to the end of phase 2, with the undisturbed bytes."""
+    if shell:
+        results = [call(directory, train_sh(directory, *SETTINGS), NO_INSTALL="1")]
+    else:
+        results = [
+            train(directory, *RESUME, *SETTINGS),
+            train(directory, *SETTINGS, script="continue_training.py"),
+        ]
+    assert [result.returncode for result in results] == [0] * len(results), results[-1].stdout
     assert digest(directory, 12) == digest(reference, 12)
     assert digest(directory, 16) == digest(reference, 16)
     assert losses(directory) == losses(reference)
@@ -179,7 +185,7 @@ def test_signal_through_train_sh(reference: Path, tmp_path: Path, to: str) -> No
     assert process.returncode == 128 + number, output
     assert "stopped by a signal" in output
     _assert_unlocked(tmp_path)
-    _finish_train_sh(tmp_path, reference)
+    _finish(tmp_path, reference, shell=to == "shell TERM")
 
 
 def _assert_unlocked(directory: Path) -> None:
@@ -222,7 +228,7 @@ def test_the_terminal_goes_away(reference: Path, tmp_path: Path) -> None:
     assert _lose_the_terminal(tmp_path, signal.SIG_DFL, "step.forward:sleep:12") == 129
     assert step_directory(tmp_path, 5).is_dir() or step_directory(tmp_path, 6).is_dir()
     _assert_unlocked(tmp_path)
-    _finish_train_sh(tmp_path, reference)
+    _finish(tmp_path, reference)
 
 
 def test_the_terminal_goes_away_and_nobody_minds(reference: Path, tmp_path: Path) -> None:

@@ -86,7 +86,8 @@ def test_a_run_on_a_disk_that_lacks_it(
             "--save_dir", "branch", "--log_dir", "branch/logs", "--train_steps", "13",
         ],
     ):  # fmt: skip
-        done = call(tmp_path, [sys.executable, str(ROOT / words[0]), *words[1:]], **here)
+        shimmed = here if words[0] == "train.py" else {}  # the others write nothing
+        done = call(tmp_path, [sys.executable, str(ROOT / words[0]), *words[1:]], **shimmed)
         assert done.returncode == 0, done.stdout
 
 
