@@ -123,19 +123,7 @@ def set_up(
         randomness.restore_global(saved.training_state)  # nothing of ours draws after it
     if ranks.is_main():
         _check_disk(job, state.checkpoint_bytes(parallel.model, optimizer), log)
-    if job.writes:
-        wandb_run.write_id(job.save_dir, run_id)
-    tracker = Tracker(
-        config, job.log_dir if job.writes else None, logger, run_id, progress.step, job.last,
-        hurry=lambda: job.stop.number != 0, parent=parent,
-    )  # fmt: skip
-
-    def report_saved(checkpoint: store.Checkpoint, path: Path, size: int, stall: float) -> None:
-        step = checkpoint.step
-        tracker.event("checkpoint", step, path=str(path), bytes=size, stall_seconds=stall)
-        if tracker.logged_models == "all":
-            tracker.log_model(model_files(path), [f"step-{step}"])
-
+    tracker, writer = _tracking(job, logger, run_id, progress.step, parent)
     run = Run(
         job=job,
         held=held,
@@ -146,7 +134,7 @@ def set_up(
         progress=progress,
         run_id=run_id,
         tracker=tracker,
-        writer=Writer(job.save_dir, config.checkpoint, tracker.log, report_saved),
+        writer=writer,
         host_copy=state.HostCopy(parallel.model, optimizer, job.writes),
         stopwatch=Stopwatch(progress.elapsed_seconds, progress.step),
         resumed_phase=saved.trainer_state["phase"] if saved else job.phase,
@@ -159,6 +147,26 @@ def set_up(
     for line in [*describe(run), *rate_warnings(config.training, before, first, job.last)]:
         log(line)
     return run
+
+
+def _tracking(
+    job: Job, logger: logging.Logger, run_id: str, step: int, parent: str | None
+) -> tuple[Tracker, Writer]:
+    """The tracker, and the writer of checkpoints, which reports to it."""
+    if job.writes:
+        wandb_run.write_id(job.save_dir, run_id)
+    tracker = Tracker(
+        job.config, job.log_dir if job.writes else None, logger, run_id, step, job.last,
+        hurry=lambda: job.stop.number != 0, parent=parent,
+    )  # fmt: skip
+
+    def report_saved(checkpoint: store.Checkpoint, path: Path, size: int, stall: float) -> None:
+        step = checkpoint.step
+        tracker.event("checkpoint", step, path=str(path), bytes=size, stall_seconds=stall)
+        if tracker.logged_models == "all":
+            tracker.log_model(model_files(path), [f"step-{step}"])
+
+    return tracker, Writer(job.save_dir, job.config.checkpoint, tracker.log, report_saved)
 
 
 def code_version() -> str:
