@@ -9,6 +9,7 @@ removes. The manifest is the proof that a directory is whole.
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -101,14 +102,20 @@ def lock(path: Path, wait: Callable[[str], None] | None = None) -> Iterator[tupl
         yield identity
 
 
-def _no_follow(path: str, flags: int) -> int:
+def _no_follow(path: str, flags: int, directory: int | None = None) -> int:
     """An opener: the file itself, made if need be, and never what a link of that name points at."""
-    return os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    return os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW, 0o666, dir_fd=directory)
 
 
-def append(path: Path) -> TextIO:
-    """Open a file of ours to append text; a link in its place is an error (ELOOP)."""
-    return open(path, "a", encoding="utf-8", opener=_no_follow)
+def append(name: str, directory: int) -> TextIO:
+    """Open a file of ours to append text; a link in its place is an error (ELOOP).
+
+    Args:
+        directory: a descriptor of its directory: one that is moved keeps the file, and another one
+            that takes its place meanwhile gets nothing.
+    """
+    opener = functools.partial(_no_follow, directory=directory)
+    return open(name, "a", encoding="utf-8", opener=opener)
 
 
 def _holder(path: Path) -> str:

@@ -153,6 +153,7 @@ def test_the_memory_probe_leaves_sharded_training_alone(
     assert losses(tmp_path) == pytest.approx(losses(reference), abs=1e-4)
 
 
+@pytest.mark.long
 def test_train_sh_with_two_processes_and_a_signal(reference: Path, tmp_path: Path) -> None:
     """SIGUSR1, a cluster's warning, goes through torchrun: saved, 138, nobody left, and resumed."""
     write_tiny(tmp_path)

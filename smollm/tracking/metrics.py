@@ -43,6 +43,7 @@ class Metrics:
                 os.rename(path, older := self._numbered())
                 log(f"{older} keeps the metrics of the run that was logged here before")
             wandb_run.write_id(path.parent, run_id)
+            self.directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
             raise ResourceError(
                 f"--log_dir {path.parent}: {error.strerror} ({error.filename}); name a directory "
@@ -92,14 +93,14 @@ class Metrics:
     def _append(self, event: dict[str, Any]) -> None:
         self.waiting.append(json.dumps(event, ensure_ascii=False) + "\n")
         try:
-            with atomic.append(self.path) as file:
+            with atomic.append(self.path.name, self.directory) as file:
                 start = file.tell()
                 try:
                     fault_injection.point("metrics.write")
                     file.write("".join(self.waiting))
                     file.flush()
                 except OSError:
-                    os.truncate(self.path, start)  # no torn line
+                    os.ftruncate(file.fileno(), start)  # no torn line
                     raise
             self.waiting.clear()
             self.failing = False

@@ -110,3 +110,15 @@ def test_lines_that_are_no_events_are_dropped_and_named(tmp_path: Path) -> None:
     again, said = metrics(path, 1)
     assert [event["event"] for event in again.events()] == ["train"]
     assert len(said) == 3 and all("was dropped" in line for line in said)
+
+
+def test_a_directory_that_takes_the_place_gets_nothing(tmp_path: Path) -> None:
+    """Between the check and the write: the lines go on in the directory that was moved."""
+    place, moved = tmp_path / "logs", tmp_path / "moved"
+    place.mkdir()
+    ours, _ = metrics(place / "metrics.jsonl", 0)
+    place.rename(moved)
+    place.mkdir()
+    ours.append({"event": "train", "step": 1})
+    assert list(place.iterdir()) == []
+    assert '"step": 1' in (moved / "metrics.jsonl").read_text("utf-8")
