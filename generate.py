@@ -30,7 +30,6 @@ from smollm.errors import CheckpointError, ConfigError, printable
 if TYPE_CHECKING:
     from smollm.generation import Sample
 
-ATTEMPTS = 5
 LAYOUT = "\n\t"  # control characters that belong to a text
 
 
@@ -51,35 +50,23 @@ def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _samples(arguments: argparse.Namespace, settings: GenerationConfig, seed: int) -> list[Sample]:
+def _samples(
+    directory: Path, settings: GenerationConfig, seed: int, is_length_given: bool
+) -> list[Sample]:
+    """Samples from the checkpoint, or the model of another tool, in a directory."""
+    if not store.is_model_only(directory):
+        store.require_whole(directory)
     from smollm import generation, hardware  # imports torch
 
     device = hardware.choose_device("auto")
     dtype = hardware.choose_dtype("auto", device)
-    model, tokenizer = generation.load(arguments.checkpoint, device, dtype)
+    model, tokenizer = generation.load(directory, device, dtype)
     limit = model.config.max_position_embeddings
     if settings.max_length > limit:
-        if arguments.max_length is not None:
+        if is_length_given:
             raise ConfigError(f"--max_length: got {settings.max_length}, the model has {limit}")
         settings = dataclasses.replace(settings, max_length=limit)
     return generation.generate(model, tokenizer, settings, seed)
-
-
-def _samples_of_latest(
-    arguments: argparse.Namespace, settings: GenerationConfig, seed: int
-) -> list[Sample]:
-    """Samples from a checkpoint; where `latest` was pruned while it was read, from the next."""
-    named = arguments.checkpoint
-    for attempt in range(ATTEMPTS):
-        arguments.checkpoint = directory = atomic.follow(named)
-        try:
-            if not store.is_model_only(directory):
-                store.require_whole(directory)
-            return _samples(arguments, settings, seed)
-        except CheckpointError:
-            if attempt == ATTEMPTS - 1 or directory == named or atomic.follow(named) == directory:
-                raise
-    raise AssertionError("unreachable")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -95,7 +82,15 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.prompt:
         settings = dataclasses.replace(settings, prompts=tuple(arguments.prompt))
     seed = arguments.seed if arguments.seed is not None else secrets.randbelow(2**31)
-    samples = _samples_of_latest(arguments, settings, seed)
+    directory = atomic.follow(arguments.checkpoint)
+    while True:
+        try:
+            samples = _samples(directory, settings, seed, arguments.max_length is not None)
+            break
+        except CheckpointError:  # a run may have pruned what `latest` named: take what it names now
+            tried, directory = directory, atomic.follow(arguments.checkpoint)
+            if directory == tried:
+                raise
     for sample in samples:
         if arguments.json:
             ascii_only = "utf" not in (sys.stdout.encoding or "").lower()  # escaped, it stays JSON

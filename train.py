@@ -57,6 +57,7 @@ def train(run: Run) -> None:
             continue
 
         result = run.read_step()
+        run.check_directories()
         stop = result.signal != 0 or run.interrupted()
         if log:
             run.report(result)
@@ -78,7 +79,7 @@ def chosen_by_rank_0(config: Config, choose: Callable[[], Path | None]) -> Path 
     """The checkpoint that rank 0 chooses, on every process: each looking for itself may differ.
 
     Raises:
-        CheckpointError: this process sees another checkpoint under that name.
+        CheckpointError: a process sees another checkpoint, or none, under that name.
     """
     if ranks.world_size() == 1:
         return choose()
@@ -87,12 +88,10 @@ def chosen_by_rank_0(config: Config, choose: Callable[[], Path | None]) -> Path 
     distributed.start(hardware.choose_device(config.training.device, ranks.local_rank()))
     with distributed.main_first():
         path = choose() if ranks.is_main() else None
-    path, seal = distributed.from_main((path, store.seal(path) if path else None))
-    if path and store.seal(path) != seal:
-        raise CheckpointError(
-            f"rank {ranks.rank()}: {path} is not the checkpoint that rank 0 sees; all processes "
-            "must see one --save_dir"
-        )
+    path = distributed.from_main(path)
+    if path:
+        seen = {f"the manifest of {path}": store.manifest_sha256(path)}
+        distributed.require_agreement(seen, CheckpointError)
     return path
 
 

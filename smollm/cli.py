@@ -17,7 +17,14 @@ from pathlib import Path
 from smollm import ranks, signals
 from smollm.config import LAST_STEP, Config
 from smollm.config_reader import load
-from smollm.errors import ConfigError, UserError, is_memory_full, is_threads_exhausted, printable
+from smollm.errors import (
+    NO_THREADS,
+    ConfigError,
+    UserError,
+    is_memory_full,
+    is_threads_exhausted,
+    printable,
+)
 
 RANK_0_SECONDS = 10.0  # how long the other ranks leave it to rank 0 to report an error
 
@@ -170,7 +177,7 @@ def _unexpected(error: Exception) -> int:
         )
         return 3
     if is_threads_exhausted(error):
-        _report(f"error: this user may start no more threads; raise `ulimit -u` ({error})")
+        _report(f"error: {NO_THREADS} ({error})")
         return 3
     if isinstance(error, OSError):
         _report(f"error: {error.filename or 'the system'}: {error.strerror or error}")

@@ -16,11 +16,11 @@ import difflib
 import math
 import os
 import re
-import stat
 import typing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from smollm import atomic
 from smollm.config import Config, GenerationConfig, conflicts, sections
 from smollm.errors import CheckpointError, ConfigError
 
@@ -34,6 +34,7 @@ _SHAPES = {
     float: re.compile(r"[+-]?(?!0[0-9])([0-9]+(_[0-9]+)*)?\.?[0-9]*([eE][+-]?[0-9]+)?"),
 }
 _NULLS = ("", "null", "Null", "NULL", "~")
+_LARGEST_FILE = 100_000  # bytes
 _MOST_PROBLEMS = 100  # of one file; it is hardly a configuration then
 
 
@@ -309,16 +310,14 @@ def _compose(path: Path) -> yaml.Node | None:
     """Parse a YAML file into nodes, without constructing any object.
 
     Raises:
-        ConfigError: the file is missing, is no regular file, is not UTF-8 or is not YAML.
+        ConfigError: the file is missing, is no regular file or too large, is not UTF-8 or is not
+            YAML.
     """
     import yaml
 
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise ConfigError(f"{path}: is not a regular file; name a YAML file with --config")
-        if path.stat().st_size > 100_000:
-            raise ConfigError(f"{path}: is larger than 100 kB; is it a configuration?")
-        return yaml.compose(path.read_text(encoding="utf-8-sig"), Loader=yaml.BaseLoader)
+        text = atomic.read_text(path, _LARGEST_FILE).removeprefix("\ufeff")  # a byte-order mark
+        return yaml.compose(text, Loader=yaml.BaseLoader)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; name a YAML file with --config") from error
     except UnicodeDecodeError as error:

@@ -95,7 +95,7 @@ def require_agreement(values: dict[str, Any], error: type[UserError]) -> None:
             if theirs.get(key) != value:
                 raise error(
                     f"rank {rank}: {key} is {theirs.get(key)!r}, and {value!r} on rank 0; start "
-                    "all processes with the same code, command, configuration and text"
+                    "all processes with the same code, command, configuration, text and checkpoints"
                 )
 
 

@@ -79,6 +79,9 @@ class DivergedError(UserError):
     exit_code = 4
 
 
+NO_THREADS = "this user may start no more threads; raise `ulimit -u`"
+
+
 def is_threads_exhausted(error: BaseException) -> bool:
     """Whether an error says that this user may start no more threads (`ulimit -u`)."""
     words = ("can't start new thread", "failed to spawn thread", "ThreadPoolBuildError")

@@ -30,12 +30,12 @@ def main() -> int:
     except SignalException as error:
         return _rank_0_code() or 128 + int(error.sigval)
     except ChildFailedError as error:
-        first = min(error.failures.values(), key=lambda failure: failure.timestamp)
+        rank, first = error.get_first_failure()
         if first.exitcode < 0 and first.exitcode != -15:  # the others are ended by SIGTERM
             cause = " (out of memory?)" if first.exitcode == -9 else ""
             print(
-                f"error: rank {error.get_first_failure()[0]} was killed by signal "
-                f"{-first.exitcode}{cause}; start the same command again",
+                f"error: rank {rank} was killed by signal {-first.exitcode}{cause}; start the same "
+                "command again",
                 file=sys.stderr,
             )
             return 128 - first.exitcode

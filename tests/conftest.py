@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-# Before torch is imported, here and in what is started: two workers share the cores, and the last
+# Before torch is imported, here and in what is started: the workers share the cores, and the last
 # bits of a run depend on the number of threads.
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -18,14 +18,12 @@ def pytest_configure(config: pytest.Config) -> None:
     """Declare the markers."""
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU")
     config.addinivalue_line("markers", "slow: runs with --slow only")
-    config.addinivalue_line("markers", "long: starts first, so that no worker ends late")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Long tests first; skip, with the reason, what cannot or should not run here."""
+    """Skip, with the reason, what cannot or should not run here."""
     import torch
 
-    items.sort(key=lambda item: "long" not in item.keywords)
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="there is no CUDA GPU"))

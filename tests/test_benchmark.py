@@ -44,7 +44,6 @@ def measured(tmp_path_factory):
     return directory, json.loads((directory / "all.json").read_text("utf-8")), done.stdout
 
 
-@pytest.mark.long
 def test_every_measurement_has_every_side(measured):
     _, result, _ = measured
     for name, sides in SIDES.items():

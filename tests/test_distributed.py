@@ -153,7 +153,6 @@ def test_the_memory_probe_leaves_sharded_training_alone(
     assert losses(tmp_path) == pytest.approx(losses(reference), abs=1e-4)
 
 
-@pytest.mark.long
 def test_train_sh_with_two_processes_and_a_signal(reference: Path, tmp_path: Path) -> None:
     """SIGUSR1, a cluster's warning, goes through torchrun: saved, 138, nobody left, and resumed."""
     write_tiny(tmp_path)
@@ -284,6 +283,18 @@ def test_rank_0_chooses_the_checkpoint(reference: Path, tmp_path: Path) -> None:
     again = call(tmp_path, [*launcher, "different.py", *words], PYTHONPATH=str(ROOT))
     assert again.returncode == 0, again.stdout  # both take rank 0's: it says which
     assert "steps 21 -> 22" in again.stdout
+    # A save_dir of its own on rank 1's machine: empty, or with another run's step 22.
+    foreign = tmp_path / "other/run/checkpoints/step_000022"
+    for name in ("tiny.yaml", "text.txt"):
+        shutil.copy(tmp_path / name, tmp_path / "other")
+    (tmp_path / "different.py").write_text(DIFFERENT.format(change="os.chdir('other')"))
+    words = command("train.py", "--train_steps", "23", *SETTINGS, "--resume", "auto")[1:]
+    for there in ("None", repr(atomic.sha256(step_directory(reference, 15) / "manifest.json"))):
+        if there != "None":
+            shutil.copytree(step_directory(reference, 15), foreign)
+        result = call(tmp_path, [*launcher, "different.py", *words], PYTHONPATH=str(ROOT))
+        said = f"rank 1: the manifest of run/checkpoints/step_000022 is {there}, and"
+        assert result.returncode == 3 and said in result.stdout, result.stdout
 
 
 @pytest.mark.parametrize(

@@ -98,20 +98,6 @@ def test_another_function_of_the_same_shapes_is_refused(copy: Path, word: str) -
     assert not step_directory(copy, 14).exists()
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("step", "12"), ("tokens", "x"), ("data", None), ("config", {"model": 5}), ("config", [])],
-)
-def test_a_foreign_trainer_state_is_named(copy: Path, key: str, value: object) -> None:
-    """Whole by its manifest, and not ours: exit 3, no bug of ours."""
-    directory = step_directory(copy, 12)
-    state = atomic.read_json(directory / "trainer_state.json")
-    atomic.write_json(directory / "trainer_state.json", {**state, key: value})
-    reseal(directory, "trainer_state.json")
-    words = ("--resume", "auto", "--train_steps", "14")
-    assert_refused(copy, 3, "is not one of our checkpoints", *words)
-
-
 def test_a_save_dir_given_as_the_checkpoint(copy: Path) -> None:
     """Not "damaged": the likely slip is named, with the way out."""
     words = ("--resume", "run/checkpoints", "--save_dir", "new", "--log_dir", "new/logs")
@@ -324,6 +310,7 @@ def test_an_empty_path_is_refused(tmp_path: Path, flag: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
+        ("step", "12"), ("tokens", "x"), ("data", None), ("config", {"model": 5}), ("config", []),
         ("wandb_run_id", 7), ("wandb_run_id", "x\nerror: forged"), ("best_val_loss", "low"),
         ("elapsed_seconds", float("nan")), ("elapsed_seconds", -1), ("val_loss", float("inf")),
         ("phase", 3), ("step", True), ("tokens", -1), ("position", {"epoch": 0}),

@@ -262,7 +262,6 @@ def _state_of(process: subprocess.Popen[str]) -> set[str]:
     return found
 
 
-@pytest.mark.long
 def test_ctrl_z_stops_the_training_too(tmp_path: Path) -> None:
     """SIGTSTP to train.sh stops every process of it; SIGCONT goes on, to the end."""
     write_tiny(tmp_path)

@@ -1,6 +1,5 @@
 """Which checkpoint a run starts from, and whether it may go on from there. Imports no torch."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,7 +123,7 @@ def completion(directory: Path | None, phase: int, last: int) -> str | None:
 
 def is_of(save_dir: Path, directory: Path) -> bool:
     """Whether a checkpoint lies in a save_dir, by whatever path it was named."""
-    return os.path.realpath(directory.resolve().parent) == os.path.realpath(save_dir)
+    return directory.resolve().parent == save_dir.resolve()
 
 
 def changed_input(fingerprint: dict[str, Any], saved: store.Checkpoint) -> list[str]:
@@ -153,7 +152,7 @@ def check_compatible(
             f"({', '.join(changed)} differ); give the same text, or set "
             "data.allow_changed_input=true to go on with this one"
         )
-    old = from_saved(saved.trainer_state["config"], "the checkpoint")
+    old = saved.config
     for key in _FUNCTION_KEYS:
         was, now = getattr(old.model, key), getattr(config.model, key)
         if was != now:

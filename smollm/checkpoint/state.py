@@ -14,7 +14,6 @@ from smollm import distributed, randomness
 from smollm.checkpoint import resume
 from smollm.checkpoint.store import Checkpoint
 from smollm.config import Config
-from smollm.config_reader import from_saved
 from smollm.data.batches import Position
 from smollm.data.token_cache import Corpus
 from smollm.errors import CheckpointError
@@ -127,7 +126,7 @@ def data_position(config: Config, corpus: Corpus, saved: Checkpoint) -> Position
     step, state = saved.step, saved.trainer_state
     if resume.changed_input(corpus.fingerprint, saved):
         return Position(step)
-    old = from_saved(state["config"], "the checkpoint")
+    old = saved.config
     before, now = (
         len(corpus.train) // each.data.sequence_length for each in (old, config)
     )  # windows of an epoch

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smollm import atomic, fault_injection, ranks
-from smollm.config import LAST_STEP, CheckpointConfig, sections
+from smollm.config import LAST_STEP, CheckpointConfig, Config, sections
 from smollm.config_reader import from_saved
 from smollm.errors import CheckpointError, ResourceError
 from smollm.tracking.wandb_run import RUN_ID
@@ -85,6 +85,11 @@ class Checkpoint:
     trainer_state: dict[str, Any]  # JSON: counters, losses, fingerprints, configuration, versions
     documents: dict[str, Any] = field(default_factory=dict)  # the other JSON and text files
 
+    @property
+    def config(self) -> Config:
+        """The configuration that it was trained with."""
+        return from_saved(self.trainer_state["config"], "the checkpoint")
+
 
 def directory_of(root: Path, step: int) -> Path:
     """The directory of a step's checkpoint."""
@@ -104,9 +109,12 @@ def problem(directory: Path) -> str | None:
     return atomic.problem(directory, (*MODEL_FILES[:-1], TRAINING_STATE, TRAINER_STATE))
 
 
-def seal(directory: Path) -> str:
-    """The sha256 of a checkpoint's manifest: of everything that it holds."""
-    return atomic.sha256(directory / atomic.MANIFEST)
+def manifest_sha256(directory: Path) -> str | None:
+    """The sha256 of a checkpoint's manifest: of everything that it holds. None: there is none."""
+    try:
+        return atomic.sha256(directory / atomic.MANIFEST)
+    except OSError:
+        return None
 
 
 # --- writing -------------------------------------------------------------------------------------

@@ -21,13 +21,12 @@ from smollm import atomic, fault_injection
 from smollm.config import Config
 from smollm.data import documents, tokenizer
 from smollm.data.documents import Piece, Scan, Text
+from smollm.data.tokenizer import Log
 from smollm.errors import InputError
 
 FORMAT = 2  # of the cache; 1 kept byte-order marks inside of a text
 TRAIN, VALIDATION, COUNTS = "train.npy", "validation.npy", "counts.json"
 BATCH = 4 * 1024 * 1024  # characters handed to the tokenizer at once
-
-Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -103,17 +102,14 @@ def _prepare(config: Config, path: Path, tokenizer_json: str | None, log: Log) -
 
     cache = Path(config.data.cache_dir)
     if tokenizer_json is not None:
-        chosen = tokenizer.parse(tokenizer_json, "the checkpoint's tokenizer.json")
+        chosen = tokenizer.parse(tokenizer_json, "the checkpoint's tokenizer.json", log)
     elif config.tokenizer.source == "gpt2":
         chosen = tokenizer.fetch_gpt2(cache)
     elif config.tokenizer.source == "train":
         chosen = _learned_tokenizer(config, text, scan)
     else:
-        chosen = tokenizer.read(config.tokenizer.source)
+        chosen = tokenizer.read(config.tokenizer.source, log)
     _check_vocabulary(chosen, config, log)
-    content = tokenizer_json or _content(config.tokenizer.source)
-    if content and tokenizer.has_dropout(content):
-        log("the tokenizer's BPE dropout is switched off: a text has the same tokens each time")
     fingerprint = {
         "text_sha256": text.sha256,
         "text_bytes": text.bytes,
@@ -131,11 +127,6 @@ def _prepare(config: Config, path: Path, tokenizer_json: str | None, log: Log) -
     train, validation = (np.load(directory / name, mmap_mode="r") for name in (TRAIN, VALIDATION))
     count = atomic.read_json(directory / COUNTS)["documents"]
     return Corpus(train, validation, chosen, count, fingerprint)
-
-
-def _content(source: str) -> str | None:
-    """The tokenizer.json that tokenizer.source names by its path."""
-    return None if source in ("gpt2", "train") else atomic.read_text(Path(source))
 
 
 def _key(*made_from: Any) -> str:

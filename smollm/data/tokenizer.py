@@ -3,20 +3,21 @@
 import contextlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from smollm import atomic
 from smollm.data.documents import SEPARATOR
-from smollm.errors import InputError, ResourceError, UserError, is_threads_exhausted
+from smollm.errors import NO_THREADS, InputError, ResourceError, UserError, is_threads_exhausted
 
 FILE = "tokenizer.json"
 PAD = "<|pad|>"
 LONGEST_DOCUMENT = 64 * 1024 * 1024  # characters, for tokenizers that cannot be cut
 END_TOKENS = (SEPARATOR, "<|end_of_text|>", "</s>", "<eos>")  # the first that a tokenizer knows
 SPECIAL_TOKENS = (SEPARATOR, PAD)  # of a learned tokenizer
+Log = Callable[[str], None]
 _LONG_WORD = re.compile(r"\S{4096}")  # learning from longer ones is very slow
 
 
@@ -44,8 +45,12 @@ def _short_words(texts: Iterable[str]) -> Iterator[str]:
             yield text
 
 
-def parse(text: str, where: str) -> Tokenizer:
+def parse(text: str, where: str, log: Log = lambda line: None) -> Tokenizer:
     """A tokenizer from a tokenizer.json's text, with `<|pad|>` added and nothing truncated.
+
+    Args:
+        where: its name, for errors.
+        log: takes a line where the tokenizer asks for BPE dropout.
 
     Raises:
         InputError: it is not a tokenizer, or has no end-of-text token.
@@ -55,7 +60,8 @@ def parse(text: str, where: str) -> Tokenizer:
     except Exception as error:  # the library raises plain Exception
         raise InputError(f"{where}: is not a tokenizer.json: {error}") from error
     if getattr(tokenizer.model, "dropout", None):
-        tokenizer.model.dropout = None  # tokens would differ from run to run; see `has_dropout`
+        tokenizer.model.dropout = None
+        log("the tokenizer's BPE dropout is switched off: a text has the same tokens each time")
     tokenizer.no_truncation()
     tokenizer.no_padding()
     if tokenizer.token_to_id(PAD) is None:
@@ -68,11 +74,6 @@ def parse(text: str, where: str) -> Tokenizer:
             )
     end_token(tokenizer, where)
     return tokenizer
-
-
-def has_dropout(text: str) -> bool:
-    """Whether a tokenizer.json asks for BPE dropout, which `parse` switches off."""
-    return bool((json.loads(text).get("model") or {}).get("dropout"))
 
 
 def size(tokenizer: Tokenizer) -> int:
@@ -108,9 +109,7 @@ def errors_named(where: str) -> Iterator[None]:
     except BaseException as error:
         if isinstance(error, Exception) or "Panic" in type(error).__name__:
             if is_threads_exhausted(error):
-                raise ResourceError(
-                    f"{where}: this user may start no more threads; raise `ulimit -u`"
-                ) from error
+                raise ResourceError(f"{where}: {NO_THREADS}") from error
             first = (str(error).splitlines() or [""])[0]
             raise InputError(
                 f"{where}: cannot tokenize: {type(error).__name__}: {first}"
@@ -154,18 +153,14 @@ def publish(text: str, directory: Path) -> None:
     atomic.publish(temporary, directory, "cache")
 
 
-def read(source: str) -> Tokenizer:
-    """The tokenizer.json at a path.
+def read(source: str, log: Log) -> Tokenizer:
+    """The tokenizer.json at a path; `log` as for `parse`.
 
     Raises:
         InputError: it cannot be read, or is no tokenizer.
     """
-    path = Path(source)
     try:
-        # A device or FIFO has no end.
-        if path.exists() and not (path.is_file() or path.is_dir()):
-            raise InputError(f"tokenizer.source {source}: is not a regular file")
-        return parse(atomic.read_text(path), source)
+        return parse(atomic.read_text(Path(source)), source, log)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "is not UTF-8"
         raise InputError(

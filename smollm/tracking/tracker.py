@@ -80,6 +80,12 @@ def start_logging(log_dir: Path | None, phase: int) -> logging.Logger:
     return logger
 
 
+def code_files() -> list[Path]:
+    """The files of the project that a run's result depends on, in a fixed order."""
+    patterns = ("*.py", "smollm/**/*.py", "*.yaml", "*.sh", "requirements*.txt")
+    return [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
+
+
 def human(number: float) -> str:
     """A count in three figures: 512, 48.3k, 1.24M, 9.83B."""
     for unit in ("", "k", "M"):
@@ -202,9 +208,8 @@ class Tracker:
     def _log_code(self) -> None:
         """Hand the code that runs to W&B, unless WANDB_DISABLE_CODE asks not to."""
         if os.environ.get("WANDB_DISABLE_CODE", "false").lower() not in ("true", "1"):
-            patterns = ("*.py", "smollm/**/*.py", "*.yaml", "*.sh", "requirements*.txt")
-            paths = [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
-            self.wandb.artifact("code", "code", {str(p.relative_to(ROOT)): p for p in paths})
+            paths = {str(path.relative_to(ROOT)): path for path in code_files()}
+            self.wandb.artifact("code", "code", paths)
 
     def log_model(self, paths: dict[str, Path], aliases: list[str]) -> None:
         """Hand the files of a model to W&B, by their names there."""

@@ -63,7 +63,7 @@ def histograms(model: torch.nn.Module, watched: str) -> Histograms:
         wanted = {"gradients": parameter.grad, "parameters": parameter.detach()}
         for kind, tensor in wanted.items():
             if watched in (kind, "all") and tensor is not None:
-                if hasattr(tensor, "to_local"):
+                if distributed.is_sharded(tensor):
                     tensor = tensor.to_local()
                 low, high = (float(x) for x in tensor.aminmax())
                 counts = torch.histc(tensor.float().cpu(), 64, low, high)

@@ -172,13 +172,12 @@ class Run:
     # --- between steps ---
 
     def check_directories(self) -> None:
-        """Raise LockedError where a directory of this run was replaced: before each write."""
+        """Raise LockedError where a directory of this run was replaced, before it is written to."""
         for held in self.held:
             held.check()
 
     def report(self, result: StepResult) -> None:
         """The scalars of the step just read, and the gradient norm of each layer."""
-        self.check_directories()
         progress, config = self.progress, self.config
         seconds = self.stopwatch.lap(progress.step)
         tokens_per_second = config.tokens_per_step / seconds
@@ -227,7 +226,6 @@ class Run:
             self.corpus.validation, self.config.data.sequence_length, self.train_step.micro_batch,
             IGNORE_INDEX, ranks.rank(), ranks.world_size(),
         )  # fmt: skip
-        self.check_directories()
         with self.stopwatch.pause():
             found = evaluate(self.model, batches, self.hardware.device, self.interrupted)
             if found is None:

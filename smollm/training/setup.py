@@ -14,14 +14,13 @@ from smollm import atomic, distributed, generation, hardware, randomness, ranks
 from smollm.checkpoint import resume, state, store
 from smollm.checkpoint.writer import Writer
 from smollm.config import Config, to_dict
-from smollm.config_reader import from_saved
 from smollm.data import token_cache
 from smollm.data.batches import Position, TokenDataset
 from smollm.data.token_cache import Corpus
 from smollm.errors import ConfigError, InputError, ResourceError, UserError, is_memory_full
 from smollm.hardware import Hardware
 from smollm.tracking import wandb_run
-from smollm.tracking.tracker import Tracker, start_logging
+from smollm.tracking.tracker import Tracker, code_files, start_logging
 from smollm.training.job import Job
 from smollm.training.memory import fit_memory
 from smollm.training.optimizer import (
@@ -142,7 +141,7 @@ def set_up(
     )
     for line in _machine_changes(machine, saved):
         log(line)
-    before = from_saved(saved.trainer_state["config"], "the checkpoint").training if saved else None
+    before = saved.config.training if saved else None
     first = progress.step + 1
     for line in [*describe(run), *rate_warnings(config.training, before, first, job.last)]:
         log(line)
@@ -171,10 +170,10 @@ def _tracking(
 
 def code_version() -> str:
     """A hash of the project's Python files."""
-    root = Path(__file__).resolve().parents[2]
     digest = hashlib.sha256()
-    for path in sorted([*root.glob("*.py"), *root.glob("smollm/**/*.py")]):
-        digest.update(path.read_bytes())
+    for path in code_files():
+        if path.suffix == ".py":
+            digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
 

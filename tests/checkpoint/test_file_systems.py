@@ -38,7 +38,7 @@ CODES = {
     "locks": ["ENOSYS", "EOPNOTSUPP", "ENOLCK"],
     "fsync": ["EINVAL", "EOPNOTSUPP"],
 }
-NIGHT = [(f"{feature}", code) for feature, codes in CODES.items() for code in codes[1:]]
+NIGHT = [(feature, code) for feature, codes in CODES.items() for code in codes[1:]]
 CASES = [(feature, codes[0]) for feature, codes in CODES.items()] + [("all", "EINVAL")]
 
 
