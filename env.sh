@@ -116,7 +116,11 @@ if [ "${DEBUG:-0}" = 1 ]; then
     export TORCH_DISTRIBUTED_DEBUG=${TORCH_DISTRIBUTED_DEBUG:-INFO}
 fi
 
-GPUS=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null || echo 0)
+# Where no device file of a GPU is (NVIDIA, Jetson, WSL2, AMD), there is no need to import torch.
+GPUS=0
+if compgen -G "/dev/nv[ih]*" >/dev/null || [ -e /dev/nvmap ] || [ -e /dev/dxg ] || [ -e /dev/kfd ]; then
+    GPUS=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null || echo 0)
+fi
 export GPUS PYTHON PATH
 if [ "$GPUS" = 0 ]; then
     # Keep freed memory in the process: a 100 MB tensor then costs no page faults each time.

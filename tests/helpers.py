@@ -154,13 +154,10 @@ def call(
     """Run a command in a directory; stdout and stderr together in `stdout`.
 
     A script of the project is forked from a process that has imported torch (forked.py), unless
-    `fork` is False or variables ask for what is decided when a process starts.
+    `fork` is False.
     """
-    starts = not fork or any(
-        name.startswith(("PYTHON", "HOME", "WANDB", "DEBUG")) for name in extra
-    )
     script = words[1:] and Path(words[1]).parent == ROOT and words[0] == sys.executable
-    if script and not starts:
+    if script and fork:
         return forked.run(words[1:], directory, environment(**extra), timeout)
     return subprocess.run(
         words, cwd=directory, env=environment(**extra), timeout=timeout, text=True,

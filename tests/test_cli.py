@@ -119,8 +119,9 @@ def test_generate_answers_before_torch_is_imported(tmp_path: Path) -> None:
     """--help and a missing checkpoint need no torch."""
     (tmp_path / "torch.py").write_text("raise SystemExit(99)")
     words = [sys.executable, str(ROOT / "generate.py")]
-    assert call(tmp_path, [*words, "--help"], PYTHONPATH=str(tmp_path)).returncode == 0
-    missing = call(tmp_path, [*words, "--checkpoint", "none"], PYTHONPATH=str(tmp_path))
+    bare = {"fork": False, "PYTHONPATH": str(tmp_path)}
+    assert call(tmp_path, [*words, "--help"], **bare).returncode == 0
+    missing = call(tmp_path, [*words, "--checkpoint", "none"], **bare)
     assert missing.returncode == 3 and "there is no such checkpoint" in missing.stdout
 
 
@@ -206,12 +207,12 @@ def test_a_bare_python_is_told_what_to_install(tmp_path: Path, script: str) -> N
     for name in ("yaml", "torch", "numpy"):
         (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError('no', name='{name}')")
     words = [sys.executable, str(ROOT / script)]
-    shown = call(tmp_path, [*words, "--help"], PYTHONPATH=str(tmp_path))
+    shown = call(tmp_path, [*words, "--help"], fork=False, PYTHONPATH=str(tmp_path))
     assert "Traceback" not in shown.stdout, shown.stdout
     assert shown.returncode == 0 or (
         shown.returncode == 2 and "pip install -r requirements.txt" in shown.stdout
     )
-    safe = call(tmp_path, [*words, "--help"], PYTHONSAFEPATH="1")
+    safe = call(tmp_path, [*words, "--help"], fork=False, PYTHONSAFEPATH="1")
     assert safe.returncode == 0 and "usage:" in safe.stdout, safe.stdout
 
 

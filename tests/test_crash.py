@@ -41,13 +41,11 @@ FORTY = ("--train_steps", "40")
 
 @pytest.fixture(scope="module")
 def forty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with an undisturbed run of 40 steps, and its seconds."""
+    """A directory with an undisturbed run of 40 steps."""
     directory = tmp_path_factory.mktemp("forty")
     write_tiny(directory)
-    began = time.monotonic()
-    result = train(directory, *FORTY, fork=False)  # its time is that of the runs to be killed
+    result = train(directory, *FORTY)
     assert result.returncode == 0, result.stdout
-    (directory / "seconds").write_text(str(time.monotonic() - began))
     return directory
 
 
@@ -79,59 +77,57 @@ def finish(directory: Path, reference: Path) -> None:
 # --- kill -9 -------------------------------------------------------------------------------------
 
 
-def _kill_until(directory: Path, kills: int, seconds: float, seed: int) -> int:
+def _kill_until(directory: Path, kills: int, seed: int, fork: bool) -> int:
     """Start the run again and again, killing it at random times; returns the kills that hit."""
+    words = (*RESUME, *FORTY, "training.save_steps=1")
+    began = time.monotonic()
+    assert train(directory, *words, run="timed", fork=fork).returncode == 0
+    seconds = time.monotonic() - began
     generator = random.Random(seed)
     hits = 0
-    words = command("train.py", *RESUME, *FORTY, "training.save_steps=1")
     while hits < kills:
-        process = subprocess.Popen(
-            words, cwd=directory, env=environment(), stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
         # Most of a start is imports; half of the kills fall into the last part, the steps.
-        early = generator.random() < 0.5
+        early = fork or generator.random() < 0.5
         delay = generator.uniform(0.0 if early else 0.6 * seconds, seconds)
         try:
-            output, _ = process.communicate(timeout=delay)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            output, _ = process.communicate()
+            result = train(directory, *words, timeout=delay, fork=fork)
+        except subprocess.TimeoutExpired as killed:
             hits += 1
-        assert "Traceback" not in output, output
-        if process.returncode == 0:
-            break  # it came to its end before the kill
-        assert process.returncode in (-signal.SIGKILL, 0), output
+            assert "Traceback" not in str(killed.output)
+        else:  # it came to its end before the kill
+            assert result.returncode == 0, result.stdout
+            break
     return hits
 
 
-def _assert_survives(directory: Path, kills: int, seed: int, forty: Path) -> int:
-    """Kills, then the same command to the end: the same bytes; returns the kills that hit."""
-    write_tiny(directory)
-    hits = _kill_until(directory, kills, float((forty / "seconds").read_text()), seed)
-    result = train(directory, *RESUME, *FORTY, "training.save_steps=1")
-    assert result.returncode == 0, result.stdout
-    assert_same_end(directory, forty, 40)
-    return hits
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_kill_at_random_times(forty: Path, tmp_path: Path, seed: int) -> None:
-    """K1: SIGKILL at random times, the same command again until done: the same bytes."""
+def _survives(directory: Path, kills: int, seed: int, fork: bool, forty: Path) -> None:
+    """Kills, until so many have hit, and after each series the same command to the end: the same
+    bytes."""
     hits, trial = 0, 0
-    while hits < 5:
-        hits += _assert_survives(tmp_path / f"{trial}", 5 - hits, seed * 100 + trial, forty)
+    while hits < kills:
+        where = directory / f"{trial}"
+        write_tiny(where)
+        hits += _kill_until(where, kills - hits, seed * 100 + trial, fork)
+        result = train(where, *RESUME, *FORTY, "training.save_steps=1")
+        assert result.returncode == 0, result.stdout
+        assert_same_end(where, forty, 40)
         trial += 1
+
+
+@pytest.mark.parametrize(("seed", "fork"), [(0, False), (1, True), (2, True), (3, True), (4, True)])
+def test_kill_at_random_times(forty: Path, tmp_path: Path, seed: int, fork: bool) -> None:
+    """K1: SIGKILL at random times, the same command again until done: the same bytes.
+
+    A start as a fork has no imports: all kills fall into the run. One seed starts as a user does.
+    """
+    _survives(tmp_path, 5, seed, fork, forty)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1000, 1125))
 def test_kill_at_random_times_many(forty: Path, tmp_path: Path, seed: int) -> None:
     """K1 by night: 1,000 kills, eight a test."""
-    hits, trial = 0, 0
-    while hits < 8:
-        hits += _assert_survives(tmp_path / f"{trial}", 8 - hits, seed * 100 + trial, forty)
-        trial += 1
+    _survives(tmp_path, 8, seed, False, forty)
 
 
 def _handles_threads_memory(process: subprocess.Popen[str]) -> tuple[int, int, float]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 from helpers import (
     ROOT,
@@ -32,10 +34,33 @@ SETTINGS = (
 )  # fmt: skip
 
 
-def torchrun(directory: Path, processes: int, *words: str, run: str = "run", **extra: str):
-    """Start train.py on several processes."""
+def on_ranks(
+    directory: Path, processes: int, *words: str, script: Path = ROOT / "train.py", **extra: str
+) -> subprocess.CompletedProcess[str]:
+    """Run train.py on several processes, forked, with torchrun's variables; rank 0's exit code."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    arguments = command("train.py", "--train_steps", "20", *SETTINGS, *words)[2:]
+    ranks = [
+        forked.Started(
+            [str(script), *arguments], directory,
+            environment(RANK=str(rank), LOCAL_RANK=str(rank), **shared, **extra),
+        )
+        for rank in range(processes)
+    ]  # fmt: skip
+    output = ranks[0].communicate(120)[0]
+    for other in ranks[1:]:
+        if ranks[0].returncode != 0:  # as torchrun does
+            other.terminate()
+        output += other.communicate(30)[0]
+    return subprocess.CompletedProcess(words, ranks[0].returncode, output)
+
+
+def torchrun(directory: Path, processes: int, *words: str, **extra: str):
+    """Start train.py on several processes as a user does."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    train_command = command("train.py", "--train_steps", "20", *SETTINGS, *words, run=run)
+    train_command = command("train.py", "--train_steps", "20", *SETTINGS, *words)
     return call(
         directory, [*launcher, f"--nproc_per_node={processes}", *train_command[1:]], **extra
     )
@@ -57,7 +82,7 @@ def test_losses_are_those_of_one_process(
 ) -> None:
     """The same sequences make up each step: losses and norms within 1e-4 over 20 steps."""
     write_tiny(tmp_path)
-    result = torchrun(tmp_path, processes, f"training.parallel={kind}")
+    result = on_ranks(tmp_path, processes, f"training.parallel={kind}")
     assert result.returncode == 0, result.stdout
     assert losses(tmp_path) == pytest.approx(losses(reference), abs=1e-4)
     for ours, theirs in zip(events(tmp_path, "eval"), events(reference, "eval"), strict=True):
@@ -76,7 +101,7 @@ def test_killed_and_resumed_on_one_process(reference: Path, tmp_path: Path, kind
     """SIGKILL of a two-process run, then one process: the losses go on as they would have."""
     write_tiny(tmp_path)
     words = (f"training.parallel={kind}", "--resume", "auto")
-    killed = torchrun(tmp_path, 2, *words, FAULT="step.forward:kill:25")
+    killed = on_ranks(tmp_path, 2, *words, FAULT="step.forward:kill:25")
     assert killed.returncode != 0
     alone = train(tmp_path, "--train_steps", "20", *SETTINGS, "--resume", "auto")
     assert alone.returncode == 0, alone.stdout
@@ -89,7 +114,7 @@ def test_one_process_resumed_on_two(reference: Path, tmp_path: Path) -> None:
     write_tiny(tmp_path)
     stopped = train(tmp_path, "--train_steps", "20", *SETTINGS, FAULT="step.forward:term:40")
     assert stopped.returncode == 143, stopped.stdout
-    resumed = torchrun(tmp_path, 2, "training.parallel=fsdp", "--resume", "auto")
+    resumed = on_ranks(tmp_path, 2, "training.parallel=fsdp", "--resume", "auto")
     assert resumed.returncode == 0, resumed.stdout
     assert losses(tmp_path) == pytest.approx(losses(reference), abs=1e-4)
     state = json.loads((step_directory(tmp_path, 20) / "trainer_state.json").read_text())
@@ -120,8 +145,7 @@ def test_a_signal_during_start_up_keeps_its_exit_code(tmp_path: Path) -> None:
 
 
 PROBED = """
-import sys
-from smollm import cli, hardware
+from smollm import cli
 from smollm.training import memory, setup
 
 plain = setup.set_up
@@ -132,7 +156,6 @@ def set_up_and_probe(*arguments, **named):  # as on a GPU: fit_memory before the
     return run
 
 setup.set_up = set_up_and_probe
-sys.argv = sys.argv[1:]
 import train
 cli.execute(train.main)
 """
@@ -145,9 +168,8 @@ def test_the_memory_probe_leaves_sharded_training_alone(
     """FSDP keeps unshared gradients, and cannot go on after a backward pass that ran out."""
     write_tiny(tmp_path)
     (tmp_path / "probed.py").write_text(PROBED)
-    words = command("train.py", "--train_steps", "20", *SETTINGS, "training.parallel=fsdp")[1:]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    result = call(tmp_path, [*launcher, "probed.py", *words], PYTHONPATH=str(ROOT), FAULT=fault)
+    script = tmp_path / "probed.py"
+    result = on_ranks(tmp_path, 2, "training.parallel=fsdp", script=script, FAULT=fault)
     assert result.returncode == 0, result.stdout
     assert ("it fits; to make that permanent" in result.stdout) == bool(fault), result.stdout
     assert losses(tmp_path) == pytest.approx(losses(reference), abs=1e-4)
@@ -272,7 +294,7 @@ def test_rank_0_chooses_the_checkpoint(reference: Path, tmp_path: Path) -> None:
     shutil.copytree(reference / "run", tmp_path / "run", symlinks=True)
     newest = step_directory(tmp_path, 20)
     newest.rename(newest.with_name(".tmp-replaced-step_000020-99"))
-    result = torchrun(tmp_path, 2, "--resume", "auto", "--train_steps", "21")
+    result = on_ranks(tmp_path, 2, "--resume", "auto", "--train_steps", "21")
     assert result.returncode == 0 and "steps 20 -> 21" in result.stdout, result.stdout
     (tmp_path / "other").mkdir()
     shutil.copytree(step_directory(reference, 15), tmp_path / "other/step_000021")

@@ -74,14 +74,19 @@ def write_wheel(directory: Path, version: str) -> None:
         wheel.writestr(f"{info}/RECORD", "")
 
 
+def write_project(directory: Path) -> Path:
+    """Put env.sh and a requirements.txt that can be met without a network into a directory."""
+    shutil.copy(ROOT / "env.sh", directory)
+    (directory / "requirements.txt").write_text("# a comment\nsmollm-test==1.0\n")
+    for version in ("1.0", "2.0"):
+        write_wheel(directory, version)
+    return directory
+
+
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A directory with env.sh and a requirements.txt that can be met without a network."""
-    shutil.copy(ROOT / "env.sh", tmp_path)
-    (tmp_path / "requirements.txt").write_text("# a comment\nsmollm-test==1.0\n")
-    for version in ("1.0", "2.0"):
-        write_wheel(tmp_path, version)
-    return tmp_path
+    """A project in which no environment was made yet."""
+    return write_project(tmp_path)
 
 
 def test_the_environment_is_made_and_follows_the_requirements(project: Path) -> None:
@@ -137,13 +142,17 @@ def test_a_python_that_is_too_old_or_too_new_is_named(project: Path) -> None:
     assert not (project / ".venv").exists()
 
 
-def active(project: Path, version: str) -> dict[str, str]:
-    """An active environment of its own that has smollm-test in a version."""
-    local = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(project)}
-    (project / "requirements.txt").write_text(f"smollm-test=={version}\n")
-    assert source(project, "true", **local).returncode == 0
-    (project / ".venv").rename(project / "mine")
-    return {"PATH": f"{project}/mine/bin:/usr/bin:/bin", **local}
+@pytest.fixture(scope="module")
+def environments(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Environments with smollm-test 1.0 and 2.0, by its version, as env.sh makes them."""
+    made = {}
+    for version in ("1.0", "2.0"):
+        directory = write_project(tmp_path_factory.mktemp("environment"))
+        (directory / "requirements.txt").write_text(f"smollm-test=={version}\n")
+        local = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(directory)}
+        assert source(directory, "true", **local).returncode == 0
+        made[version] = directory / ".venv"
+    return made
 
 
 @pytest.mark.parametrize(
@@ -159,15 +168,21 @@ def active(project: Path, version: str) -> dict[str, str]:
     ],
 )
 def test_an_active_environment_is_taken_from_the_minimum_on(
-    project: Path, line: str, taken: bool
+    project: Path, environments: dict[str, Path], line: str, taken: bool
 ) -> None:
     """An image's own PyTorch is not replaced; what is too old, or missing, is not taken."""
-    settings = active(project, "1.0")
     (project / "requirements.txt").write_text(line + "\n")
-    result = source(project, 'echo "$PYTHON"', **settings)
-    assert (f"{project}/mine/bin/python" in result.stdout) == taken, result.stdout
+    (project / ".venv").symlink_to(environments["2.0"])
+    active = environments["1.0"] / "bin"
+    result = source(
+        project, 'echo "$PYTHON"', PATH=f"{active}:/usr/bin:/bin", PIP_NO_INDEX="1",
+        PIP_FIND_LINKS=str(project),
+    )  # fmt: skip
+    assert (f"{active}/python" in result.stdout) == taken, result.stdout
     if taken and "2.0  # minimum" in line:
         assert "using the active Python environment: smollm-test 1.0" in result.stdout
+    if not taken and "other" not in line:
+        assert result.stdout.endswith(f"{project}/.venv/bin/python\n"), result.stdout
 
 
 def test_uv_is_used_where_it_is_installed(project: Path) -> None:

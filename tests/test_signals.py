@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 from helpers import (
     ROOT,
@@ -94,7 +95,12 @@ def test_signal_while_compiling(reference: Path, tmp_path: Path) -> None:
     assert digest(tmp_path) == digest(reference)
 
 
-def _start(directory: Path, words: list[str], **extra: str) -> subprocess.Popen[str]:
+def _start(
+    directory: Path, words: list[str], **extra: str
+) -> subprocess.Popen[str] | forked.Started:
+    """Start train.py as a fork (see forked.py), or train.sh in a session of its own."""
+    if words[0] == sys.executable:
+        return forked.Started(words[1:], directory, environment(**extra))
     return subprocess.Popen(
         words, cwd=directory, env=environment(PYTHONUNBUFFERED="1", NO_INSTALL="1", **extra),
         text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -102,7 +108,7 @@ def _start(directory: Path, words: list[str], **extra: str) -> subprocess.Popen[
     )  # fmt: skip
 
 
-def _wait_for(process: subprocess.Popen[str], text: str) -> str:
+def _wait_for(process: subprocess.Popen[str] | forked.Started, text: str) -> str:
     """Read the output up to the line that holds `text`."""
     lines = []
     for line in process.stdout:
@@ -265,8 +271,8 @@ def _state_of(process: subprocess.Popen[str]) -> set[str]:
 def test_ctrl_z_stops_the_training_too(tmp_path: Path) -> None:
     """SIGTSTP to train.sh stops every process of it; SIGCONT goes on, to the end."""
     write_tiny(tmp_path)
-    process = _start(tmp_path, train_sh(tmp_path, "training.train_steps=400"))
-    _wait_for(process, "step   4/400")
+    process = _start(tmp_path, train_sh(tmp_path, "training.train_steps=150"))
+    _wait_for(process, "step   4/150")
     process.send_signal(signal.SIGTSTP)
     for _ in range(100):
         time.sleep(0.05)
