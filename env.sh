@@ -99,7 +99,9 @@ sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))') || {
 cd "$_root" || return
 _make_environment || return
 
-# The specification's variables; each can be set from outside.
+# The specification's variables; each can be set from outside. FSDP2 overlaps communication only
+# with more than one connection: the program then takes back what was set here (smollm/distributed.py).
+[ -n "${CUDA_DEVICE_MAX_CONNECTIONS:-}" ] || export DEFAULT_CUDA_DEVICE_MAX_CONNECTIONS=1
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 export WANDB_PROJECT=${WANDB_PROJECT:-smollm2-training}
 export WANDB_WATCH=${WANDB_WATCH:-gradients}
@@ -111,7 +113,8 @@ export WANDB_DISABLE_CODE=${WANDB_DISABLE_CODE:-false}
 # Debugging aids: they make every kernel launch synchronous or print a lot, so only with DEBUG=1.
 if [ "${DEBUG:-0}" = 1 ]; then
     export CUDA_LAUNCH_BLOCKING=${CUDA_LAUNCH_BLOCKING:-1}
-    export TORCH_USE_CUDA_DSA=${TORCH_USE_CUDA_DSA:-1}
+    export TORCH_USE_CUDA_DSA=${TORCH_USE_CUDA_DSA:-1}     # the specification's: a flag of the build
+    export PYTORCH_USE_CUDA_DSA=${PYTORCH_USE_CUDA_DSA:-1} # what a built PyTorch reads
     export TORCH_SHOW_CPP_STACKTRACES=${TORCH_SHOW_CPP_STACKTRACES:-1}
     export TORCH_DISTRIBUTED_DEBUG=${TORCH_DISTRIBUTED_DEBUG:-INFO}
 fi
@@ -127,6 +130,6 @@ if [ "$GPUS" = 0 ]; then
     export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0}
     export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-17179869184}
     export MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_:-268435456}
-else
+elif [ -z "${PYTORCH_CUDA_ALLOC_CONF:-}" ]; then # its older name
     export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 fi

@@ -145,7 +145,9 @@ class KVCache:
     """Keys and values of the tokens seen so far, for each layer, and each row's own length.
 
     Rows may differ in length: a key at index j of a row takes part when j <= the query's position,
-    so what lies beyond a row's length is never seen.
+    so what lies beyond a row's length is never seen. On the CPU attention goes over the longest
+    row only; on CUDA over the whole cache, whose shape does not change from token to token: a
+    kernel is planned once, and nothing waits for the device to know a length.
     """
 
     def __init__(
@@ -156,7 +158,23 @@ class KVCache:
         layers = range(config.num_hidden_layers)
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
-        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # (B,)
+        self.set_lengths([0] * rows)
+
+    def set_lengths(self, lengths: list[int]) -> None:
+        """Note how many tokens of each row count."""
+        self.lengths = torch.tensor(lengths, device=self.keys[0].device)  # (B,), int64
+        self.longest = max(lengths)
+
+    def advance(self, count: int) -> None:
+        """Note that each row has `count` more tokens."""
+        self.lengths += count
+        self.longest += count
+
+    def reopen_full_rows(self) -> None:
+        """Have a row that is full write its next token over its last one."""
+        last = self.keys[0].size(1) - 1
+        self.lengths.clamp_(max=last)
+        self.longest = min(self.longest, last)
 
     def positions(self, count: int) -> Tensor:
         """The positions (B, count) of the next `count` tokens of each row."""
@@ -168,7 +186,7 @@ class KVCache:
         rows = torch.arange(q.size(0), device=q.device)[:, None]
         keys, values = self.keys[layer], self.values[layer]
         keys[rows, positions], values[rows, positions] = k, v
-        end = int(positions.max()) + 1
+        end = self.longest + q.size(1) if q.device.type == "cpu" else keys.size(1)
         visible = torch.arange(end, device=q.device) <= positions[..., None]  # (B, T, end)
         q, k, v = (x.transpose(1, 2) for x in (q, keys[:, :end], values[:, :end]))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None])
@@ -275,7 +293,7 @@ class Transformer(nn.Module):
                 contexts = partial(create_selective_checkpoint_contexts, _save_matrix_products)
                 x = checkpoint(layer, x, cos, sin, cache, use_reentrant=False, context_fn=contexts)
         if cache is not None:
-            cache.lengths += count
+            cache.advance(count)
         return self.norm(x)
 
 

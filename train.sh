@@ -19,6 +19,7 @@ cd "$(dirname "$(readlink -f "$0")")" || exit 1 # also through a link to this sc
 
 config="" input_file=input.txt save_dir=checkpoints log_dir=logs
 overrides=()
+on_cpu=""
 # Paths are relative to where the command was typed.
 absolute() { case $1 in /* | "~"*) echo "$1" ;; *) echo "$start_directory/$1" ;; esac; } # Python expands ~
 while [ $# -gt 0 ]; do
@@ -32,6 +33,7 @@ while [ $# -gt 0 ]; do
     --config=* | --input_file=* | --save_dir=* | --log_dir=*)
         set -- "${1%%=*}" "${1#*=}" "${@:2}"
         ;;
+    training.device=cpu) on_cpu=1; overrides+=("$1"); shift ;;
     tokenizer.source=gpt2 | tokenizer.source=train) overrides+=("$1"); shift ;;
     tokenizer.source=* | data.cache_dir=*)
         overrides+=("${1%%=*}=$(absolute "${1#*=}")")
@@ -93,7 +95,7 @@ fi
 config=${config:-config.yaml}
 
 launcher=("$PYTHON")
-if [ "$GPUS" -gt 1 ] || [ -n "${NNODES:-}" ]; then
+if { [ "$GPUS" -gt 1 ] && [ -z "$on_cpu" ]; } || [ -n "${NNODES:-}" ]; then
     # One process per GPU. For several nodes set NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT.
     launcher=("$PYTHON" -m smollm.launch --nproc_per_node="${NPROC_PER_NODE:-$GPUS}")
     if [ -n "${NNODES:-}" ]; then

@@ -137,7 +137,7 @@ def train_ours(config: Config, arguments: argparse.Namespace) -> Result:
         "peak_memory_gib": hardware.peak_memory_gib(run.hardware.device),
         "micro_batch": run.train_step.micro_batch,
         "gradient_checkpointing": run.model.model.gradient_checkpointing,
-        "attention": run.hardware.attention_reason,
+        "attention": run.hardware.attention.reason,
         "last_loss": run.train_step.read().loss,
     }
 
@@ -414,7 +414,7 @@ def environment(config: Config, arguments: argparse.Namespace) -> Result:
         "platform": f"{platform.system()} {platform.machine()}",
         "versions": versions,
         "precision": str(machine.dtype).removeprefix("torch."),
-        "attention": machine.attention_reason,
+        "attention": machine.attention.reason,
         "parameters": count_parameters(config.model).total,
         "peak_flops": hardware.peak_flops(machine.device),
         "flops_per_token_half": flops_per_token(config.model, length),

@@ -4,6 +4,7 @@ On one process every function here is a no-op, so callers need no special case.
 """
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +28,15 @@ class ParallelModel:
     # gradient_sync(sync): a context for a backward pass, whose gradients are reduced over the
     # processes only if sync is true: for the last micro-batch of a step.
     gradient_sync: Callable[[bool], contextlib.AbstractContextManager]
+
+
+def allow_connections() -> None:
+    """Before CUDA starts: take back env.sh's CUDA_DEVICE_MAX_CONNECTIONS; a user's own stays.
+
+    With one connection to the GPU FSDP2's communication waits for the computation.
+    """
+    if os.environ.pop("DEFAULT_CUDA_DEVICE_MAX_CONNECTIONS", None):
+        os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)
 
 
 def start(device: torch.device) -> None:

@@ -4,8 +4,9 @@ Sampling follows Hugging Face's order: temperature, then top-k, then top-p. A sa
 on the others of its batch.
 """
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import CausalLM, KVCache
 from smollm import atomic
@@ -73,6 +75,16 @@ def select(logits: Tensor, uniform: Tensor, settings: GenerationConfig) -> Tenso
     return ids.gather(-1, choice.minimum(last)).squeeze(-1)
 
 
+@contextlib.contextmanager
+def _cached_attention(device: torch.device) -> Iterator[None]:
+    """SDPA's kernels for attention with a mask on CUDA: FlashAttention takes none."""
+    with contextlib.ExitStack() as stack:
+        if device.type == "cuda":
+            backends = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+            stack.enter_context(sdpa_kernel(backends, set_priority=True))
+        yield
+
+
 @torch.no_grad()
 def generate_ids(
     model: CausalLM,
@@ -100,7 +112,7 @@ def generate_ids(
     # Prompts are padded on the right: padding is overwritten before any query attends to it.
     padded = [prompt + [end] * (max(lengths) - len(prompt)) for prompt in prompts]
     hidden = model.model(torch.tensor(padded, device=device), model.dtype, cache)
-    cache.lengths = torch.tensor(lengths, device=device)
+    cache.set_lengths(lengths)
     hidden = hidden[torch.arange(len(prompts), device=device), cache.lengths - 1]
     results = [Continuation([], 0.0, 0.0) for _ in prompts]
     unfinished = set(range(len(prompts)))
@@ -108,18 +120,18 @@ def generate_ids(
         logits = model.logits(hidden).float()
         chosen = select(logits, uniforms[:, position], settings)
         scores = logits.log_softmax(dim=-1).gather(-1, chosen[:, None]).squeeze(-1)
-        for row, (token, score) in enumerate(zip(chosen.tolist(), scores.tolist(), strict=True)):
+        found = torch.stack([chosen.double(), scores.double()], dim=-1)  # one wait for the device
+        for row, (token, score) in enumerate(found.tolist()):
             if row in unfinished:
                 result = results[row]
-                result.ids.append(token)
+                result.ids.append(int(token))
                 result.log_likelihood += score
                 if token == end or len(result.ids) == most_new[row]:
                     unfinished.discard(row)
                     result.seconds = time.perf_counter() - started
         if not unfinished:
             break
-        # Finished rows stay at their last place; their results are ignored.
-        cache.lengths.clamp_(max=limit - 1)
+        cache.reopen_full_rows()  # they are finished; what they get is ignored
         hidden = model.model(chosen[:, None], model.dtype, cache)[:, -1]
     return results
 
@@ -167,7 +179,8 @@ def generate(
     end = end_token(tokenizer)
     ids = encode_prompts(tokenizer, prompts, settings, model.config.max_position_embeddings)
     samples = []
-    found = generate_ids(model, ids, settings, seeds, end)
+    with _cached_attention(model.model.embed_tokens.weight.device):
+        found = generate_ids(model, ids, settings, seeds, end)
     for prompt, prompt_ids, new in zip(prompts, ids, found, strict=True):
         words = new.ids[:-1] if new.ids[-1] == end else new.ids
         text = prompt + _continuation(tokenizer, prompt_ids, words)

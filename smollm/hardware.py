@@ -1,4 +1,4 @@
-"""What this machine computes with: device, dtype, attention kernel, and its peak speed."""
+"""What this machine computes with: device, dtype, compiler, its memory and its peak speed."""
 
 import contextlib
 import gc
@@ -7,15 +7,17 @@ import os
 import re
 import resource
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 
-from model import attention_function
+from smollm import attention, cuda
+from smollm.attention import Attention
 from smollm.config import Config
 from smollm.errors import ConfigError
 
@@ -46,8 +48,7 @@ class Hardware:
 
     device: torch.device
     dtype: torch.dtype  # of the computation; the weights are fp32
-    attention: str  # a name that `model.attention_function` knows
-    attention_reason: str  # which attention and why, in a few words
+    attention: Attention
     compile: str  # false, true or max, as `training.compile` was decided
     compile_reason: str  # why it is not compiled, where that was wanted; else empty
     deterministic: bool
@@ -60,15 +61,17 @@ def choose(config: Config, local_rank: int = 0) -> Hardware:
         ConfigError: the device, the precision or the attention asked for is not available.
     """
     training = config.training
+    device = choose_device(training.device, local_rank)
     if training.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
-    device = choose_device(training.device, local_rank)
     dtype = choose_dtype(training.precision, device)
-    name, reason = choose_attention(config.model.attention, device, dtype, training.deterministic)
     compiled, why = choose_compile(training.compile, device)
-    return Hardware(device, dtype, name, reason, compiled, why, training.deterministic)
+    chosen = attention.choose(
+        config.model.attention, device, dtype, training.deterministic, compiled != "false"
+    )
+    return Hardware(device, dtype, chosen, compiled, why, training.deterministic)
 
 
 def choose_compile(wanted: str, device: torch.device) -> tuple[str, str]:
@@ -96,10 +99,17 @@ def choose_compile(wanted: str, device: torch.device) -> tuple[str, str]:
 def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
     """`training.device` as a device: this process's GPU, or the CPU.
 
+    With `cpu` nothing of CUDA is asked or started: the GPU may be someone else's.
+
     Raises:
-        ConfigError: cuda was asked for and there is none.
+        ConfigError: this machine has a GPU that PyTorch cannot use, or cuda was asked for and
+            there is none.
     """
-    if wanted != "cpu" and torch.cuda.is_available():
+    if wanted == "cpu":
+        return torch.device("cpu")
+    if why := cuda.problem(local_rank):
+        raise ConfigError(f"training.device {wanted}: {why}")
+    if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         return device
@@ -135,59 +145,6 @@ def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16
 
 
-def choose_attention(
-    wanted: str, device: torch.device, dtype: torch.dtype, deterministic: bool = False
-) -> tuple[str, str]:
-    """The attention function's name (see `model.attention_function`), and why it was chosen.
-
-    Args:
-        wanted: `model.attention`: auto, flash_attn, sdpa or math.
-        dtype: the compute dtype; flash-attn takes bf16 only.
-        deterministic: leave out the kernels whose backward pass is not reproducible.
-
-    Raises:
-        ConfigError: flash_attn was asked for by name and cannot be used.
-    """
-    if wanted == "math":
-        return "math", "math (asked for)"
-    if device.type != "cuda":
-        if wanted == "flash_attn":
-            raise ConfigError(
-                "model.attention: flash_attn needs a CUDA GPU and there is none; use auto"
-            )
-        return "sdpa", "sdpa (PyTorch's own; there is no GPU)"
-    if dtype != torch.bfloat16 or deterministic:
-        why = "deterministic" if deterministic else "fp32"
-        if wanted == "flash_attn":
-            raise ConfigError(f"model.attention: flash_attn cannot be used here ({why}); use auto")
-        return "sdpa", f"sdpa ({why})"
-    hopper = torch.cuda.get_device_capability(device)[0] == 9
-    cudnn = torch.backends.cudnn.version() or 0
-    if wanted != "flash_attn" and hopper and cudnn >= 91501:
-        return "sdpa", f"sdpa, cuDNN {cudnn} first (fastest on Hopper)"
-    if wanted == "sdpa":
-        return "sdpa", "sdpa (asked for)"
-    return _choose_flash_attention(hopper, asked_for=wanted == "flash_attn")
-
-
-def _choose_flash_attention(hopper: bool, asked_for: bool) -> tuple[str, str]:
-    """FlashAttention 3 on Hopper, else 2, where it is installed; else SDPA, if not asked for."""
-    for version in (3, 2) if hopper else (2,):
-        try:
-            attention_function(f"flash_attn_{version}")
-        except ImportError as error:
-            missing = error  # reported if version 2 is missing too
-            continue
-        why = "asked for" if asked_for else "installed"
-        return f"flash_attn_{version}", f"flash_attn {version} ({why})"
-    if asked_for:
-        raise ConfigError(
-            f"model.attention: flash_attn cannot be imported ({missing}); "
-            "pip install --no-build-isolation -r requirements-gpu.txt, or use auto"
-        ) from missing
-    return "sdpa", "sdpa (flash-attn is not installed)"
-
-
 @contextlib.contextmanager
 def step_conditions(hardware: Hardware) -> Iterator[None]:
     """The conditions under which steps are taken: attention kernels and garbage collection.
@@ -196,12 +153,8 @@ def step_conditions(hardware: Hardware) -> Iterator[None]:
     reference cycles (figures, failed passes) calls gc.collect().
     """
     with contextlib.ExitStack() as stack:
-        if hardware.device.type == "cuda":
-            backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-            if not hardware.deterministic:
-                backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
-                backends += [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # fp32: these alone
-            stack.enter_context(sdpa_kernel(backends, set_priority=True))
+        if backends := hardware.attention.backends:
+            stack.enter_context(sdpa_kernel(list(backends), set_priority=True))
         gc.collect()
         gc.freeze()
         gc.disable()
@@ -215,7 +168,11 @@ def step_conditions(hardware: Hardware) -> Iterator[None]:
 def compile_model(model: torch.nn.Module, hardware: Hardware, fullgraph: bool) -> None:
     """Compile the model where that was decided; the loss is inside, so logits never leave."""
     if hardware.compile != "false":
+        # With it, a graph with recomputed random operations (attention counts as one) takes seeds
+        # from the global generator in each process, and dropout from generators of its own.
+        torch._functorch.config.graphsafe_rng_functionalization = False
         options = {"coordinate_descent_tuning": True} if hardware.compile == "max" else None
+        fullgraph = fullgraph and hardware.attention.keeps_graph
         model.compile(dynamic=False, fullgraph=fullgraph, options=options)
 
 
@@ -265,4 +222,18 @@ def peak_memory_gib(device: torch.device) -> float:
     """The most memory used so far, in GiB: of the GPU, or of this process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux gives KiB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # bytes; Linux gives KiB
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes of a GPU that this process could still allocate; None on the CPU."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of a GPU."""
+    return torch.cuda.get_device_properties(device).total_memory

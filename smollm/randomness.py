@@ -29,10 +29,14 @@ def seed_global(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def global_states() -> dict[str, Tensor]:
-    """The states of the global generators as uint8 tensors, named `rng.<source>`."""
+def global_states(on_gpu: bool) -> dict[str, Tensor]:
+    """The states of the global generators as uint8 tensors, named `rng.<source>`.
+
+    Args:
+        on_gpu: with those of the CUDA devices; else CUDA is not started.
+    """
     states = {"rng.torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if on_gpu:
         for number, state in enumerate(torch.cuda.get_rng_state_all()):
             states[f"rng.cuda.{number}"] = state
     numpy_state = np.random.get_state(legacy=False)
@@ -42,8 +46,11 @@ def global_states() -> dict[str, Tensor]:
     return states
 
 
-def restore_global(states: dict[str, Tensor]) -> None:
+def restore_global(states: dict[str, Tensor], on_gpu: bool) -> None:
     """Set the global generators as `global_states` found them; a CUDA device without one is left.
+
+    Args:
+        on_gpu: with those of the CUDA devices; else CUDA is not started.
 
     Raises:
         CheckpointError: a state is missing or malformed.
@@ -56,7 +63,7 @@ def restore_global(states: dict[str, Tensor]) -> None:
         version, key, gauss = read("rng.python")
         random.setstate((version, tuple(key), gauss))
         np.random.set_state(read("rng.numpy"))
-        for number in range(torch.cuda.device_count()):
+        for number in range(torch.cuda.device_count() if on_gpu else 0):
             if f"rng.cuda.{number}" in states:
                 torch.cuda.set_rng_state(states[f"rng.cuda.{number}"], number)
         torch.set_rng_state(states["rng.torch"])

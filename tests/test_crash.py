@@ -232,7 +232,15 @@ def test_no_fault_point_is_left_out() -> None:
         r'fault_injection\.point\(f"\{point\}\.(\w+)"\)', text
     ):  # atomic.publish
         found |= {f"cache.{name}", f"save.{name}"}
-    elsewhere = {"step.forward", "evaluate", "sample", "finish", "start.import", "probe"}
+    elsewhere = {
+        "step.forward",
+        "evaluate",
+        "sample",
+        "finish",
+        "start.import",
+        "probe",
+        "host.pin",
+    }
     assert found == set(POINTS) | elsewhere
 
 

@@ -47,7 +47,10 @@ def test_the_specified_variables_and_their_overrides() -> None:
 
 def test_debugging_variables_only_when_asked() -> None:
     """They make each kernel launch synchronous: only with DEBUG=1."""
-    names = {"CUDA_LAUNCH_BLOCKING", "TORCH_USE_CUDA_DSA", "TORCH_SHOW_CPP_STACKTRACES"}
+    names = {
+        "CUDA_LAUNCH_BLOCKING", "TORCH_USE_CUDA_DSA", "PYTORCH_USE_CUDA_DSA",
+        "TORCH_SHOW_CPP_STACKTRACES",
+    }  # fmt: skip
     assert not names & exported().keys()
     assert names <= exported(DEBUG="1").keys()
 

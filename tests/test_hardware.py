@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import call, command, write_tiny
 
-from smollm import hardware
+from smollm import attention, hardware
 from smollm.errors import ConfigError
 
 
@@ -47,34 +48,53 @@ def test_the_cpu_has_no_peak() -> None:
 def test_attention_is_chosen_with_a_reason() -> None:
     """auto on the CPU is sdpa; flash_attn asked for without a GPU is an error with a way out."""
     cpu = torch.device("cpu")
-    name, reason = hardware.choose_attention("auto", cpu, torch.float32)
-    assert name == "sdpa" and "no GPU" in reason
-    assert hardware.choose_attention("math", cpu, torch.float32)[0] == "math"
+    chosen = attention.choose("auto", cpu, torch.float32, False, False)
+    assert chosen.name == "sdpa" and "no GPU" in chosen.reason
+    assert attention.choose("math", cpu, torch.float32, False, False).name == "math"
     with pytest.raises(ConfigError, match="use auto"):
-        hardware.choose_attention("flash_attn", cpu, torch.bfloat16)
+        attention.choose("flash_attn", cpu, torch.bfloat16, False, False)
+
+
+def whole(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
+    """An attention that torch.compile traces whole."""
+    return q + k + v
+
+
+def broken(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
+    """An attention that breaks the graph."""
+    torch._dynamo.graph_break()
+    return q + k + v
 
 
 @pytest.mark.parametrize(
-    ("hopper", "installed", "expected"),
+    ("hopper", "installed", "function", "compiled", "expected"),
     [
-        (True, {2, 3}, "flash_attn_3"),
-        (True, {2}, "flash_attn_2"),
-        (False, {2, 3}, "flash_attn_2"),
-        (False, set(), "sdpa"),
+        (True, {2, 3}, whole, False, "flash_attn_3"),
+        (True, {2}, whole, True, "flash_attn_2"),
+        (False, {2, 3}, whole, True, "flash_attn_2"),
+        (False, {2}, broken, True, None),
+        (False, {2}, broken, False, "flash_attn_2"),
+        (False, set(), whole, True, None),
     ],
 )
 def test_flash_attention_by_what_is_installed(
-    monkeypatch: pytest.MonkeyPatch, hopper: bool, installed: set[int], expected: str
-) -> None:
-    """Version 3 on Hopper where it is installed, else 2, else PyTorch's own; or an error."""
+    monkeypatch: pytest.MonkeyPatch, hopper: bool, installed: set[int],
+    function: Callable, compiled: bool, expected: str | None,
+) -> None:  # fmt: skip
+    """Version 3 on Hopper where it is installed, else 2, if it keeps the compiled graph whole;
+    asked for by name it is taken, or an error."""
     for version, name in ((2, "flash_attn"), (3, "flash_attn_interface")):
         module = types.ModuleType(name)
-        module.flash_attn_func = print
+        module.flash_attn_func = function
         monkeypatch.setitem(sys.modules, name, module if version in installed else None)
-    assert hardware._choose_flash_attention(hopper, asked_for=False)[0] == expected
-    if not installed:
+    found = attention._flash_attention(hopper, False, compiled)
+    assert (found and found.name) == expected
+    if installed:
+        asked = attention._flash_attention(hopper, True, compiled)
+        assert asked.keeps_graph == (function is whole or not compiled)
+    else:
         with pytest.raises(ConfigError, match="pip install"):
-            hardware._choose_flash_attention(hopper, asked_for=True)
+            attention._flash_attention(hopper, True, compiled)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

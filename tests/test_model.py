@@ -32,9 +32,9 @@ from model import (
     next_token_loss,
     rotary_table,
 )
+from smollm import attention as kernels
 from smollm.checkpoint import huggingface as hf
 from smollm.config import ModelConfig
-from smollm.hardware import choose_attention
 
 
 def huggingface(model: CausalLM) -> Starcoder2ForCausalLM:
@@ -67,10 +67,11 @@ def test_flops_are_those_of_the_arithmetic() -> None:
 def test_logits_and_loss_equal_hugging_face(attention: str) -> None:
     """Same weights, same logits (1e-5 in fp32), same loss and gradients."""
     ours = CausalLM(SMALL, torch.float32, attention)
-    initialize(ours, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    initialize(ours, generator)
     with torch.no_grad():  # biases and norms are trivial when fresh: make them count
         for parameter in ours.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape)
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
     theirs = huggingface(ours)
     input_ids, _ = random_batch(3)
     torch.testing.assert_close(ours(input_ids), theirs(input_ids).logits, atol=1e-5, rtol=1e-5)
@@ -131,7 +132,7 @@ def test_batch_rows_are_independent() -> None:
 def test_rotary_scores_depend_on_the_distance_only() -> None:
     """RoPE: shifting both positions leaves q . k as it was."""
     cos, sin = rotary_table(64, 16, 10000.0)
-    q, k = torch.randn(2, 1, 1, 1, 16)
+    q, k = torch.randn(2, 1, 1, 1, 16, generator=torch.Generator().manual_seed(0))
 
     def score(m: int, n: int) -> float:
         turned = [
@@ -153,7 +154,7 @@ def test_key_value_cache_equals_no_cache() -> None:
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=1e-5)
     ragged = KVCache(SMALL, 2, 16, input_ids.device, torch.float32)
     model(input_ids[:, :8], cache=ragged)
-    ragged.lengths = torch.tensor([5, 8])  # the first row's last three tokens never were
+    ragged.set_lengths([5, 8])  # the first row's last three tokens never were
     step = model(torch.stack([input_ids[0, 5:6], input_ids[1, 8:9]]), cache=ragged)
     torch.testing.assert_close(step[0, 0], whole[0, 5], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(step[1, 0], whole[1, 8], atol=1e-5, rtol=1e-5)
@@ -339,7 +340,7 @@ def test_flash_attention_layout(monkeypatch: pytest.MonkeyPatch, version: int) -
 
 def test_attention_functions_agree() -> None:
     """sdpa and math on the same q, k, v."""
-    q, k, v = torch.randn(3, 2, 16, 4, 8)
+    q, k, v = torch.randn(3, 2, 16, 4, 8, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(
         attention_sdpa(q, k, v), attention_math(q, k, v), atol=1e-6, rtol=1e-5
     )
@@ -358,9 +359,10 @@ def test_huggingface_config_round_trip() -> None:
 def test_attention_on_the_gpu(attention: str) -> None:
     """Each backend in bf16 on the GPU against fp32 mathematics: 2e-2."""
     device = torch.device("cuda")
-    q, k, v = torch.randn(3, 2, 256, 4, 64, device=device)
-    name, _ = choose_attention(attention, device, torch.bfloat16)
-    out = attention_function(name)(q.bfloat16(), k.bfloat16(), v.bfloat16()).float()
+    generator = torch.Generator(device).manual_seed(0)
+    q, k, v = torch.randn(3, 2, 256, 4, 64, device=device, generator=generator)
+    chosen = kernels.choose(attention, device, torch.bfloat16, False, False)
+    out = attention_function(chosen.name)(q.bfloat16(), k.bfloat16(), v.bfloat16()).float()
     torch.testing.assert_close(out, attention_math(q, k, v), atol=2e-2, rtol=2e-2)
 
 

@@ -5,18 +5,20 @@ do not depend on the number of processes, so a run resumes on another one.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from smollm import distributed, randomness
+from smollm import distributed, fault_injection, randomness
 from smollm.checkpoint import resume
 from smollm.checkpoint.store import Checkpoint
 from smollm.config import Config
 from smollm.data.batches import Position
 from smollm.data.token_cache import Corpus
 from smollm.errors import CheckpointError
+
+ALIGNMENT = 64  # bytes: of each tensor in the host's copy
 
 
 def full_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -43,24 +45,56 @@ class HostCopy:
     """Host buffers for weights and optimizer state, allocated once and filled at every save.
 
     Fresh memory costs seconds of page faults for 1.5 GB, a copy into memory in use 0.1 s: so a
-    thread allocates the buffers while the first steps run. On a GPU they are pinned.
+    thread allocates the buffers while the first steps run. For a GPU they are pinned, in one
+    allocation (PyTorch rounds the size of each up to a power of two); where no memory can be
+    pinned (WSL2, `ulimit -l`) they are not, and copies take longer.
 
     Args:
         enabled: whether this process writes checkpoints; the others only take part in collectives.
+        log: where it is said that nothing could be pinned.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, enabled: bool) -> None:
-        self.model, self.optimizer, self.enabled = model, optimizer, enabled
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, enabled: bool,
+        log: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        self.model, self.optimizer, self.enabled, self.log = model, optimizer, enabled, log
         self.buffers: dict[str, Tensor] = {}
-        shapes = {name: (t.shape, t.dtype, t.is_cuda) for name, t in self._live()}
-        self.thread = threading.Thread(target=self._allocate, args=(shapes,), name="host-buffers")
+        self.error: Exception | None = None
+        live = {name: (tensor.shape, tensor.dtype) for name, tensor in self._live()}
+        pinned = any(tensor.is_cuda for _, tensor in self._live())
+        self.thread = threading.Thread(
+            target=self._allocate, args=(live, pinned), name="host-buffers"
+        )
         if enabled:
             self.thread.start()
 
-    def _allocate(self, shapes: dict[str, tuple]) -> None:
-        for name, (shape, dtype, pinned) in shapes.items():
-            # fill_ touches every page, which zeros alone need not.
-            self.buffers[name] = torch.zeros(shape, dtype=dtype, pin_memory=pinned).fill_(1)
+    def _allocate(self, live: dict[str, tuple[torch.Size, torch.dtype]], pinned: bool) -> None:
+        try:
+            sizes = [shape.numel() * dtype.itemsize for shape, dtype in live.values()]
+            rounded = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
+            slab = self._pinned(sum(rounded)) if pinned else None
+            if slab is None:
+                slab = torch.empty(sum(rounded), dtype=torch.uint8)
+            slab.fill_(0)  # touches every page, which an allocation alone need not
+            parts = slab.split(rounded)
+            for (name, (shape, dtype)), size, part in zip(live.items(), sizes, parts, strict=True):
+                self.buffers[name] = part[:size].view(dtype).view(shape)
+        except Exception as error:  # raised by `take`, in the thread that can report it
+            self.error = error
+
+    def _pinned(self, size: int) -> Tensor | None:
+        """Pinned memory of so many bytes; None, said once, where it cannot be had."""
+        try:
+            fault_injection.point("host.pin")
+            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        except (RuntimeError, OSError) as error:
+            first = str(error).splitlines()[0]
+            self.log(
+                f"no memory could be pinned ({first}): copies for checkpoints take longer; raise "
+                "`ulimit -l`, or the memory limit of WSL2"
+            )
+            return None
 
     def _live(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of a checkpoint that is on the device, by its name."""
@@ -68,18 +102,43 @@ class HostCopy:
         yield from optimizer_tensors(self.model, self.optimizer)
 
     def take(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Copy to the host: (weights, training_state); empty on processes that do not write."""
+        """Copy to the host: (weights, training_state); empty on processes that do not write.
+
+        Raises:
+            Exception: what kept the buffers from being allocated.
+        """
         if self.enabled:
             self.thread.join()
+        if self.error is not None:
+            raise self.error
+        on_gpu = False
         for name, tensor in self._live():
             full = distributed.full_tensor(tensor)  # collective: on every process
+            on_gpu = on_gpu or full.is_cuda
             if self.enabled:
                 self.buffers[name].copy_(full, non_blocking=True)
-        if torch.cuda.is_available():
+        if on_gpu:
             torch.cuda.synchronize()
         weights = {k: v for k, v in self.buffers.items() if not k.startswith("optimizer.")}
         moments = {k: v for k, v in self.buffers.items() if k.startswith("optimizer.")}
-        return weights, {**moments, **randomness.global_states()}
+        return weights, {**moments, **randomness.global_states(on_gpu)}
+
+
+def first_nonfinite(model: nn.Module) -> str | None:
+    """The name of the first weight that is not finite, on any process; waits for the device once.
+
+    Collective where the model is on several processes.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    bad = torch.stack([~torch.isfinite(_local(p)).all() for p in model.parameters()])
+    flags = distributed.all_reduce_max(bad.float()).tolist()
+    return next((name for name, flag in zip(names, flags, strict=True) if flag), None)
+
+
+def _local(parameter: Tensor) -> Tensor:
+    """A parameter's values, or this process's shard of them."""
+    detached = parameter.detach()
+    return detached.to_local() if distributed.is_sharded(detached) else detached
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:

@@ -109,3 +109,13 @@ class Metrics:
             if not self.failing:
                 self.failing = True
                 self.log(f"{self.path}: {error.strerror}; its lines wait, the run goes on")
+
+
+def write_samples(samples: list[dict[str, Any]], path: Path) -> None:
+    """Write the sampled texts of a run for people."""
+    lines = []
+    for e in samples:
+        figures = f"{e['generated_tokens']} tokens, perplexity {e['perplexity']:.1f}"
+        lines.append(f"--- step {e['step']}, {figures}\n{e['text']}\n")
+    with atomic.replacing(path) as temporary:
+        temporary.write_text("\n".join(lines), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The plots and samples.txt of a run, drawn from its events in metrics.jsonl."""
+"""The plots of a run, drawn from its events in metrics.jsonl."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ Event = dict[str, Any]
 
 
 def draw(events: list[Event], log_dir: Path) -> list[Path]:
-    """Draw the plots into log_dir/plots and write log_dir/samples.txt; returns the plots' paths."""
+    """Draw the plots into log_dir/plots; returns their paths."""
     directory = log_dir / "plots"
     directory.mkdir(parents=True, exist_ok=True)
     by_kind: dict[str, list[Event]] = {}
@@ -26,7 +26,6 @@ def draw(events: list[Event], log_dir: Path) -> list[Path]:
         _save(_gradient_flow(by_kind.get("gradients", [])), directory / "gradient_flow.png"),
         _save(_sample_lengths(by_kind.get("sample", [])), directory / "sample_lengths.png"),
     ]
-    _write_samples(by_kind.get("sample", []), log_dir / "samples.txt")
     return paths
 
 
@@ -79,12 +78,3 @@ def _sample_lengths(samples: list[Event]) -> Figure:
     figure, axes = _figure("Sample lengths", "generated tokens", "samples")
     axes.hist([e["generated_tokens"] for e in samples], bins=20)
     return figure
-
-
-def _write_samples(samples: list[Event], path: Path) -> None:
-    lines = []
-    for e in samples:
-        figures = f"{e['generated_tokens']} tokens, perplexity {e['perplexity']:.1f}"
-        lines.append(f"--- step {e['step']}, {figures}\n{e['text']}\n")
-    with atomic.replacing(path) as temporary:
-        temporary.write_text("\n".join(lines), encoding="utf-8")

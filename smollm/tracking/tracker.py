@@ -14,7 +14,7 @@ from tqdm import tqdm
 from smollm import ranks
 from smollm.config import Config
 from smollm.errors import ResourceError, printable
-from smollm.tracking.metrics import Metrics
+from smollm.tracking.metrics import Metrics, write_samples
 from smollm.tracking.wandb_run import WandbRun
 
 LOG_BYTES, LOG_FILES = 10_000_000, 5  # phase1.log and phase1.log.1 to .5, 10 MB each
@@ -147,6 +147,7 @@ class Tracker:
         step: int, last: int, hurry: Callable[[], bool], parent: str | None = None,
     ) -> None:  # fmt: skip
         self.log_dir, self.logger, self.last = log_dir, logger, last
+        self.said: set[str] = set()
         self.bar: tqdm | None = None
         if log_dir is None:
             return
@@ -195,15 +196,24 @@ class Tracker:
         if self.log_dir is None:
             return
         try:
-            from smollm.tracking import plots  # matplotlib takes a second to import
-
             events = self.metrics.events()
             samples = [event for event in events if event["event"] == "sample"]
+            write_samples(samples, self.log_dir / "samples.txt")
             if samples and samples[-1]["step"] == step:
                 self.wandb.samples(step, samples)
+            from smollm.tracking import plots  # matplotlib takes a second to import
+
             self.wandb.images(step, plots.draw(events, self.log_dir))
+        except ModuleNotFoundError as error:
+            self._log_once(f"there will be no plots: {error} (pip install matplotlib)")
         except Exception as error:  # matplotlib's too
-            self.log(f"the plots could not be drawn: {error!r}")
+            self._log_once(f"the plots could not be drawn: {error!r}")
+
+    def _log_once(self, line: str) -> None:
+        """Log a line unless it was logged before."""
+        if line not in self.said:
+            self.said.add(line)
+            self.log(line)
 
     def _log_code(self) -> None:
         """Hand the code that runs to W&B, unless WANDB_DISABLE_CODE asks not to."""

@@ -1,59 +1,202 @@
-"""Makes a training step fit into the GPU's memory."""
+"""Makes a training step fit into the GPU's memory: by an estimate, then by trials."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from model import CausalLM, initialize
+from model import CausalLM, ModelConfig, count_parameters, head_rows, initialize
 from smollm import distributed, fault_injection, hardware, ranks
 from smollm.errors import ResourceError
-from smollm.training.optimizer import smaller_micro_batch
+from smollm.training.optimizer import OPTIMIZER_BYTES
 
 if TYPE_CHECKING:
     from smollm.training.run import Run
 
+MODES = ("none", "selective", "full")
+# Tokens of a micro-batch below which gradient checkpointing is tried first: matrix products of
+# fewer rows leave a GPU idle, which costs more than computing activations twice.
+LEAST_TOKENS = 16_384
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How the sequences of a step are computed."""
+
+    micro_batch: int  # sequences of one forward and backward pass of a process
+    gradient_checkpointing: str
+
+    def __str__(self) -> str:
+        return (
+            f"micro-batches of {self.micro_batch} with {self.gradient_checkpointing} gradient "
+            "checkpointing"
+        )
+
+
+def peak_bytes(
+    model: ModelConfig, tokens: int, checkpointing: str, compiled: bool, itemsize: int = 2,
+    shards: int = 1,
+) -> int:  # fmt: skip
+    """Estimated peak of a training step on a GPU, without the CUDA context and workspaces.
+
+    The live tensors of the model's graphs, counted: docs/gpu.md has the table that it was fitted
+    to and tests/rehearsal the comparison (within 5%). Attention by its definition (math) and
+    dropout in eager mode take more.
+
+    Args:
+        tokens: of one micro-batch.
+        checkpointing: `training.gradient_checkpointing`.
+        compiled: by torch.compile, else eager.
+        itemsize: bytes of the compute dtype.
+        shards: processes that share weights, gradients and optimizer (FSDP).
+    """
+    parameters = count_parameters(model).total
+    vocabulary = head_rows(model.vocab_size, torch.device("cuda"))
+    width, inner = itemsize * model.hidden_size, itemsize * model.intermediate_size
+    # Bytes for each token. What a layer keeps for its backward pass: the inputs of both norms, of
+    # q, k and v, of the output projection, twice of the MLP; q, k, v before and after RoPE.
+    whole = 10 * width + 2 * inner
+    kept = {
+        "none": whole,
+        "selective": (6 if compiled else 7) * width + inner,  # the matrix products' results
+        "full": width,
+    }[checkpointing]
+    if checkpointing != "full":
+        kept += 4 * model.num_attention_heads  # the softmax's logarithms, fp32
+    # Beside what all layers keep: one layer's backward pass, or the loss's. Compiled, there are
+    # logits once, in the compute dtype, else three times in fp32.
+    layer = {
+        "none": 2 * width + inner,
+        "selective": 2 * width + 2 * inner,
+        "full": whole + (2 * inner - width if compiled else inner),
+    }[checkpointing]
+    head = 2 * width + (itemsize * vocabulary if compiled else 12 * model.vocab_size)
+    if compiled and checkpointing != "none":
+        head += width
+    # Weights in the compute dtype: all of them are kept for the backward pass, or the head's.
+    casts = parameters if checkpointing == "none" else 2 * vocabulary * model.hidden_size
+    fixed = (4 + 4 + OPTIMIZER_BYTES) * parameters // shards  # weights, gradients, optimizer
+    if itemsize < 4:
+        fixed += itemsize * casts
+    return fixed + tokens * (model.num_hidden_layers * kept + max(head, layer))
+
+
+def usable_bytes(free: int) -> int:
+    """How much of a GPU's memory a peak may take: the rest is for workspaces and fragmentation, and
+    for the estimate's error."""
+    return free - free // 20 - GIB
+
+
+def rungs(start: Setting, sequences: int, sequence_length: int) -> list[Setting]:
+    """The settings to try in turn: smaller micro-batches, then checkpointing, then still smaller.
+
+    Args:
+        start: what the configuration asks for.
+        sequences: of a step on one process; each micro-batch divides them.
+    """
+    sizes = [size for size in range(start.micro_batch, 0, -1) if sequences % size == 0]
+    large = [size for size in sizes if size * sequence_length >= LEAST_TOKENS] or sizes[:1]
+    modes = MODES[MODES.index(start.gradient_checkpointing) :]
+    return [
+        *(Setting(size, modes[0]) for size in large),
+        *(Setting(large[-1], mode) for mode in modes[1:]),
+        *(Setting(size, modes[-1]) for size in sizes if size < large[-1]),
+    ]
+
+
+def expected_bytes(run: Run, setting: Setting) -> int:
+    """The estimated peak of a run's step on this GPU; see `peak_bytes`."""
+    machine = run.hardware
+    return peak_bytes(
+        run.config.model, setting.micro_batch * run.config.data.sequence_length,
+        setting.gradient_checkpointing, machine.compile != "false", machine.dtype.itemsize,
+        _shards(run),
+    )  # fmt: skip
+
+
+def _shards(run: Run) -> int:
+    """How many processes share the weights."""
+    return ranks.world_size() if distributed.is_sharded(next(run.model.parameters())) else 1
+
+
+def expected_memory(run: Run) -> str:
+    """The estimated peak beside the card's size, in words."""
+    expected = expected_bytes(run, _setting(run))
+    total = hardware.total_memory(run.hardware.device)
+    return f"about {expected / GIB:.1f} GiB at the peak, of {total / GIB:.1f} GiB"
+
 
 def fit_memory(run: Run) -> None:
-    """Make the step fit: selective checkpointing, then full, then half micro-batches.
+    """Make the step fit: start with what is estimated to fit, and try what follows it.
 
-    Tries one micro-batch, forward and backward, on each process alone, so that none waits for
-    another that ran out. The global batch and the gradients stay the same.
+    Tries two micro-batches, forward and backward (the second has accumulated gradients besides),
+    on each process alone, so that none waits for another that ran out. The global batch and the
+    gradients stay the same.
 
     Raises:
         ResourceError: one sequence with full checkpointing does not fit.
     """
-    sequences = run.config.sequences_per_step
-    settings: list[str] = []
+    sequences = run.config.sequences_per_step // ranks.world_size()
+    ladder = rungs(_setting(run), sequences, run.config.data.sequence_length)
     model, compute_loss = _probe_model(run)
-    transformer, train_step = run.model.model, run.train_step
-    while not _fits(run, model, compute_loss):
-        if transformer.gradient_checkpointing != "full":
-            now = "selective" if transformer.gradient_checkpointing == "none" else "full"
-            transformer.gradient_checkpointing = model.model.gradient_checkpointing = now
-        else:
-            smaller = smaller_micro_batch(train_step.micro_batch, sequences // ranks.world_size())
-            if smaller is None:
-                raise ResourceError(
-                    "one sequence with full gradient checkpointing does not fit on the GPU; use a "
-                    "shorter data.sequence_length or a smaller model"
-                )
-            train_step.micro_batch = smaller
-        settings = [  # several processes divide the accumulation first: see micro_batch_size
-            f"training.gradient_checkpointing={transformer.gradient_checkpointing}",
-            f"training.batch_size={train_step.micro_batch}",
-            f"training.gradient_accumulation_steps={sequences // train_step.micro_batch}",
-        ]
-        run.tracker.log(
-            f"out of memory: trying micro-batches of {train_step.micro_batch} with "
-            f"{transformer.gradient_checkpointing} gradient checkpointing"
+    first = _first_expected_to_fit(run, ladder)
+    for number, setting in enumerate(ladder[first:], first):
+        _set(run, model, setting)
+        if _fits(run, model, compute_loss):
+            break
+        if number + 1 < len(ladder):
+            run.tracker.log(f"out of memory: trying {ladder[number + 1]}")
+    else:
+        raise ResourceError(
+            "one sequence with full gradient checkpointing does not fit on the GPU; use a "
+            "shorter data.sequence_length or a smaller model"
         )
-    if settings:
-        run.tracker.log(f"it fits; to make that permanent: {' '.join(settings)}")
+    if number > 0:
+        micro_batch = setting.micro_batch  # several processes divide the accumulation first
+        run.tracker.log(
+            "it fits; to make that permanent: "
+            f"training.gradient_checkpointing={setting.gradient_checkpointing} "
+            f"training.batch_size={micro_batch} training.gradient_accumulation_steps="
+            f"{run.config.sequences_per_step // micro_batch}"
+        )
+
+
+def _setting(run: Run) -> Setting:
+    """How a run's step is computed now."""
+    return Setting(run.train_step.micro_batch, run.model.model.gradient_checkpointing)
+
+
+def _set(run: Run, model: CausalLM, setting: Setting) -> None:
+    """Have the run, and the model that is tried, compute their steps so."""
+    run.train_step.micro_batch = setting.micro_batch
+    for each in (run.model, model):
+        each.model.gradient_checkpointing = setting.gradient_checkpointing
+
+
+def _first_expected_to_fit(run: Run, ladder: list[Setting]) -> int:
+    """The number of the first setting that every process's GPU has the memory for; said."""
+    first = torch.zeros((), device=run.hardware.device)
+    free = hardware.free_memory(run.hardware.device)
+    if free is not None:
+        parameters = count_parameters(run.config.model).total
+        resident = (4 + OPTIMIZER_BYTES) * parameters // _shards(run)
+        free = usable_bytes(free + resident)
+        fitting = (n for n, each in enumerate(ladder) if expected_bytes(run, each) <= free)
+        first += next(fitting, len(ladder) - 1)
+    number = int(distributed.all_reduce_max(first).item())
+    if number > 0:
+        run.tracker.log(
+            f"{ladder[0]} would take about {expected_bytes(run, ladder[0]) / GIB:.1f} GiB and "
+            f"{(free or 0) / GIB:.1f} GiB can be used: starting with {ladder[number]}, about "
+            f"{expected_bytes(run, ladder[number]) / GIB:.1f} GiB"
+        )
+    return number
 
 
 def _probe_model(run: Run) -> tuple[CausalLM, Callable[..., Tensor]]:
@@ -64,22 +207,23 @@ def _probe_model(run: Run) -> tuple[CausalLM, Callable[..., Tensor]]:
     """
     if not distributed.is_sharded(next(run.model.parameters())):
         return run.model, run.train_step.parallel.compute_loss
-    twin = CausalLM(run.config.model, run.hardware.dtype, run.hardware.attention)
+    twin = CausalLM(run.config.model, run.hardware.dtype, run.hardware.attention.name)
     initialize(twin, torch.Generator().manual_seed(0))
     twin = twin.to(run.hardware.device).train()
-    twin.model.gradient_checkpointing = run.config.training.gradient_checkpointing
     hardware.compile_model(twin, run.hardware, fullgraph=True)
     return twin, twin
 
 
 def _fits(run: Run, model: CausalLM, compute_loss: Callable[..., Tensor]) -> bool:
-    """Whether one micro-batch goes through forward and backward on every process."""
-    input_ids, labels = (ids[: run.train_step.micro_batch] for ids in run.batch(1))
+    """Whether two micro-batches, or the only one, go through forward and backward everywhere."""
+    size = run.train_step.micro_batch
+    input_ids, labels = (ids[: 2 * size] for ids in run.batch(1))
     failed = torch.zeros((), device=run.hardware.device)
     try:
         fault_injection.point("probe")
         with run.train_step.parallel.gradient_sync(False):
-            compute_loss(input_ids, labels).backward()
+            for inputs, targets in zip(input_ids.split(size), labels.split(size), strict=True):
+                compute_loss(inputs, targets).backward()
     except torch.OutOfMemoryError:
         failed += 1
     model.zero_grad(set_to_none=True)

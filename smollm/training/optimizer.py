@@ -11,6 +11,8 @@ from torch import nn
 from smollm.config import Config, TrainingConfig
 from smollm.errors import ConfigError
 
+OPTIMIZER_BYTES = 8  # of AdamW for each parameter: two running means in fp32
+
 
 def learning_rate(step: int, training: TrainingConfig) -> float:
     """The learning rate of optimizer step `step` (from 1), a pure function.

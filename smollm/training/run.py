@@ -292,15 +292,14 @@ class Run:
             began = time.monotonic()
             self.writer.wait()
             self.check_directories()
+            if name := state.first_nonfinite(self.model):
+                raise DivergedError(
+                    f"step {self.progress.step}: {name} is not finite; nothing was saved; "
+                    f"{self._last_good()}"
+                )
             weights, training_state = self.host_copy.take()
             if not ranks.is_main():
                 return
-            for name, tensor in weights.items():
-                if not torch.isfinite(tensor).all():
-                    raise DivergedError(
-                        f"step {self.progress.step}: {name} is not finite; nothing was saved; "
-                        f"{self._last_good()}"
-                    )
             self.progress.elapsed_seconds = self.stopwatch.elapsed()
             fault_injection.point("save.copied")
             saved = store.Checkpoint(

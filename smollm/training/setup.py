@@ -22,7 +22,7 @@ from smollm.hardware import Hardware
 from smollm.tracking import wandb_run
 from smollm.tracking.tracker import Tracker, code_files, start_logging
 from smollm.training.job import Job
-from smollm.training.memory import fit_memory
+from smollm.training.memory import expected_memory, fit_memory
 from smollm.training.optimizer import (
     build_optimizer,
     describe_optimizer,
@@ -101,6 +101,8 @@ def set_up(
         held: see `running`.
     """
     config, log = job.config, logger.info
+    if is_sharded(config):
+        distributed.allow_connections()
     machine = hardware.choose(config, ranks.local_rank())
     micro_batch = micro_batch_size(config, ranks.world_size())
     distributed.start(machine.device)
@@ -119,7 +121,8 @@ def set_up(
     )  # fmt: skip
     progress, run_id, parent = _progress_of(job, saved, corpus)
     if saved:
-        randomness.restore_global(saved.training_state)  # nothing of ours draws after it
+        on_gpu = machine.device.type == "cuda"
+        randomness.restore_global(saved.training_state, on_gpu)  # nothing of ours draws after it
     if ranks.is_main():
         _check_disk(job, state.checkpoint_bytes(parallel.model, optimizer), log)
     tracker, writer = _tracking(job, logger, run_id, progress.step, parent)
@@ -134,7 +137,7 @@ def set_up(
         run_id=run_id,
         tracker=tracker,
         writer=writer,
-        host_copy=state.HostCopy(parallel.model, optimizer, job.writes),
+        host_copy=state.HostCopy(parallel.model, optimizer, job.writes, log),
         stopwatch=Stopwatch(progress.elapsed_seconds, progress.step),
         resumed_phase=saved.trainer_state["phase"] if saved else job.phase,
         parent=parent,
@@ -191,11 +194,16 @@ def _open_corpus(job: Job, saved: store.Checkpoint | None, log: Callable[[str], 
     return corpus
 
 
+def is_sharded(config: Config) -> bool:
+    """Whether FSDP shards the model over the processes."""
+    return ranks.world_size() > 1 and config.training.parallel == "fsdp"
+
+
 def _build_model(
     config: Config, machine: Hardware, saved: store.Checkpoint | None
 ) -> distributed.ParallelModel:
     """The model with fresh or saved weights, compiled, on the device and on all processes."""
-    model = CausalLM(config.model, machine.dtype, machine.attention)
+    model = CausalLM(config.model, machine.dtype, machine.attention.name)
     model.model.gradient_checkpointing = config.training.gradient_checkpointing
     if saved:
         state.load_weights(model, saved)
@@ -205,7 +213,7 @@ def _build_model(
         weights_seed = randomness.derive_seed(seed, 0, "weights")
         initialize(model, torch.Generator().manual_seed(weights_seed))
     model = model.to(machine.device).train()
-    sharded = ranks.world_size() > 1 and config.training.parallel == "fsdp"
+    sharded = is_sharded(config)
     hardware.compile_model(model, machine, fullgraph=not sharded)  # FSDP's hooks break the graph
     return distributed.parallelize(model, machine.device, sharded)
 
@@ -248,10 +256,11 @@ def describe(run: Run) -> list[str]:
     rows = [
         ("phase", f"{job.phase}: steps {run.progress.step:,} -> {job.last:,} ({start})"),
         ("device", f"{hardware.name(run.hardware.device)}{processes}, torch {torch.__version__}"),
-        ("precision", f"{str(run.hardware.dtype).removeprefix('torch.')} compute, float32 weights"),
-        ("attention", run.hardware.attention_reason),
+        ("precision", _precision(run)),
+        ("attention", run.hardware.attention.reason),
         *([("compile", f"no: {why}")] if (why := run.hardware.compile_reason) else []),
         ("parameters", f"{count.total:,} ({count.matrices:,} in matrices)"),
+        *([("memory", expected_memory(run))] if run.hardware.device.type == "cuda" else []),
         ("data", run.corpus.conservation()),
         (
             "batch",
@@ -270,6 +279,15 @@ def describe(run: Run) -> list[str]:
             "steps for a model that generalises"
         )
     return lines
+
+
+def _precision(run: Run) -> str:
+    """What is computed in, and why where that is not what a GPU is usually wanted for."""
+    machine = run.hardware
+    words = f"{str(machine.dtype).removeprefix('torch.')} compute, float32 weights"
+    if machine.device.type == "cuda" and not hardware.supports_bf16(machine.device):
+        words += f" ({hardware.name(machine.device)} has no bf16: slower, and twice the memory)"
+    return words
 
 
 def _machine_changes(machine: Hardware, saved: store.Checkpoint | None) -> Iterator[str]:

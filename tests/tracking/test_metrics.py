@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from smollm.tracking import plots, tracker
-from smollm.tracking.metrics import Metrics
+from smollm.tracking.metrics import Metrics, write_samples
 
 
 def metrics(path: Path, step: int, run_id: str = "abc") -> tuple[Metrics, list[str]]:
@@ -89,6 +89,7 @@ def test_plots_of_nothing_and_of_something(tmp_path: Path) -> None:
     ]
     full = [path.read_bytes() for path in plots.draw(events, tmp_path)]
     assert len(full) == 4 and all(a != b for a, b in zip(empty, full, strict=True))
+    write_samples(events[-1:], tmp_path / "samples.txt")
     assert "Abc" in (tmp_path / "samples.txt").read_text()
 
 

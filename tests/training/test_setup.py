@@ -11,9 +11,10 @@ import pytest
 from helpers import tiny_job
 
 from smollm import fault_injection
+from smollm.config import Config
 from smollm.errors import ResourceError
-from smollm.training import setup
-from smollm.training.memory import fit_memory
+from smollm.training import memory, setup
+from smollm.training.memory import Setting, fit_memory
 from smollm.training.run import Run
 
 
@@ -39,14 +40,16 @@ def test_what_fits_is_left_alone(run: Run, caplog: pytest.LogCaptureFixture) -> 
     assert all(parameter.grad is None for parameter in run.model.parameters())
 
 
-def test_the_ladder(
+def test_a_smaller_micro_batch_is_tried_first(
     run: Run, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Selective, full, then ever smaller micro-batches of the same global batch."""
+    """These 6 x 64 tokens are few already, so checkpointing comes first: said, and how to keep
+    it."""
     monkeypatch.setenv("FAULT", "probe:memory:1")
     with caplog.at_level(logging.INFO, "test"):
         fit_memory(run)
-    last = said(caplog)[-1]
+    first, last = said(caplog)
+    assert first == "out of memory: trying micro-batches of 6 with selective gradient checkpointing"
     assert run.model.model.gradient_checkpointing == "selective"
     assert "training.gradient_checkpointing=selective" in last
     assert "training.batch_size=6 training.gradient_accumulation_steps=2" in last
@@ -55,7 +58,7 @@ def test_the_ladder(
 def test_the_end_of_the_ladder(
     run: Run, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """6 -> 3 -> 1 sequences; when not even one fits, the error says what is left to do."""
+    """Every rung is said; when not even one sequence fits, the error says what is left to do."""
     monkeypatch.setenv("FAULT", "probe:memory:1+")
     with (
         caplog.at_level(logging.INFO, "test"),
@@ -64,8 +67,56 @@ def test_the_end_of_the_ladder(
         fit_memory(run)
     tried = [line.removeprefix("out of memory: trying micro-batches of ") for line in said(caplog)]
     assert [line.split(" gradient")[0] for line in tried] == [
-        "6 with selective", "6 with full", "3 with full", "1 with full",
+        "6 with selective", "6 with full", "4 with full", "3 with full", "2 with full",
+        "1 with full",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("start", "expected"),
+    [
+        (
+            Setting(48, "none"),
+            "48/none 32/none 24/none 16/none 12/none 8/none 8/selective 8/full 6/full 4/full "
+            "3/full 2/full 1/full",
+        ),
+        (Setting(6, "none"), "6/none 6/selective 6/full 4/full 3/full 2/full 1/full"),
+        (Setting(12, "full"), "12/full 8/full 6/full 4/full 3/full 2/full 1/full"),
+    ],
+)
+def test_the_ladder(start: Setting, expected: str) -> None:
+    """192 sequences of 2,048 tokens: micro-batches down to 16k tokens, then checkpointing, which
+    costs up to a quarter more time, then the rest."""
+    ladder = memory.rungs(start, 192, 2048)
+    found = " ".join(f"{each.micro_batch}/{each.gradient_checkpointing}" for each in ladder)
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("gib", "itemsize", "expected"),
+    [
+        (80, 2, Setting(48, "none")),
+        (40, 2, Setting(32, "none")),
+        (24, 2, Setting(16, "none")),
+        (16, 2, Setting(12, "none")),
+        (12, 2, Setting(8, "none")),
+        (8, 2, Setting(8, "full")),
+        (15, 4, Setting(8, "selective")),
+    ],
+)
+def test_the_first_try_by_the_size_of_the_card(gib: int, itemsize: int, expected: Setting) -> None:
+    """What the estimate chooses for the 123.6M model, half a GiB of each card being CUDA's."""
+    config = Config()
+    usable = memory.usable_bytes(int((gib - 0.5) * memory.GIB))
+    found = next(
+        each
+        for each in memory.rungs(Setting(48, "none"), 192, 2048)
+        if memory.peak_bytes(
+            config.model, each.micro_batch * 2048, each.gradient_checkpointing, True, itemsize
+        )
+        <= usable
+    )
+    assert found == expected
 
 
 def test_the_table_says_what_will_happen(run: Run) -> None:
