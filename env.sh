@@ -24,6 +24,8 @@ for name in sys.argv[2:]:
         line, _, comment = line.partition("#")
         package, _, wanted = line.partition(";")[0].strip().partition("==")
         marker = re.search(r'python_version (<|>=) "3\.(\d+)"', line)
+        if 'platform_system == "Linux"' in line and not sys.platform.startswith("linux"):
+            continue
         if not package or (marker and (sys.version_info[1] < int(marker[2])) != (marker[1] == "<")):
             continue
         least = re.search(r"minimum (\S+)", comment)

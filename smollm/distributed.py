@@ -85,6 +85,20 @@ def all_reduce_max(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def maximum(value: int) -> int:
+    """The largest of all processes' values, by way of the host."""
+    if not dist.is_initialized():
+        return value
+    return int(all_reduce_max(torch.tensor(value)).item())
+
+
+def sums(values: list[float]) -> list[float]:
+    """The sums of all processes' values, in fp64, by way of the host."""
+    if not dist.is_initialized():
+        return values
+    return all_reduce_sum(torch.tensor(values, dtype=torch.float64)).tolist()
+
+
 def from_main(value: Any) -> Any:
     """Rank 0's value of a small picklable object, on every process."""
     if not dist.is_initialized():

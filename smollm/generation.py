@@ -76,7 +76,7 @@ def select(logits: Tensor, uniform: Tensor, settings: GenerationConfig) -> Tenso
 
 
 @contextlib.contextmanager
-def _cached_attention(device: torch.device) -> Iterator[None]:
+def cached_attention(device: torch.device) -> Iterator[None]:
     """SDPA's kernels for attention with a mask on CUDA: FlashAttention takes none."""
     with contextlib.ExitStack() as stack:
         if device.type == "cuda":
@@ -179,7 +179,7 @@ def generate(
     end = end_token(tokenizer)
     ids = encode_prompts(tokenizer, prompts, settings, model.config.max_position_embeddings)
     samples = []
-    with _cached_attention(model.model.embed_tokens.weight.device):
+    with cached_attention(model.model.embed_tokens.weight.device):
         found = generate_ids(model, ids, settings, seeds, end)
     for prompt, prompt_ids, new in zip(prompts, ids, found, strict=True):
         words = new.ids[:-1] if new.ids[-1] == end else new.ids

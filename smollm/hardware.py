@@ -177,10 +177,12 @@ def compile_model(model: torch.nn.Module, hardware: Hardware, fullgraph: bool) -
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """Token ids of any integer type -> int64 on the device, copied without waiting."""
+    """Token ids of any integer type -> int64 on the device, copied without waiting for it."""
     if device.type == "cpu":
         return torch.from_numpy(array.astype(np.int64))
-    host = torch.from_numpy(array.astype(np.int32)).pin_memory()
+    host = torch.from_numpy(array.astype(np.int32))
+    with contextlib.suppress(RuntimeError):  # no memory can be pinned: `state.HostCopy` says so
+        host = host.pin_memory()
     return host.to(device, non_blocking=True).long()
 
 

@@ -31,7 +31,7 @@ from helpers import (
 from smollm import atomic
 
 RESUME = ("--resume", "auto")
-SETTINGS = ("training.eval_steps=5", "training.sample_steps=7")
+SETTINGS = ("training.eval_steps=6", "training.sample_steps=6")
 SLOW = pytest.mark.slow
 CODES = {"term": 143, "int": 130, "hup": 129, "usr1": 138}
 PHASES = {
@@ -182,8 +182,8 @@ def test_signal_through_train_sh(reference: Path, tmp_path: Path, to: str) -> No
     write_tiny(tmp_path)
     target, name = to.split()
     number = getattr(signal, f"SIG{name}")
-    process = _start(tmp_path, train_sh(tmp_path, *SETTINGS), FAULT="step.forward:sleep:12")
-    _wait_for(process, "step  5/12  val_loss")
+    process = _start(tmp_path, train_sh(tmp_path, *SETTINGS), FAULT="step.forward:sleep:14")
+    _wait_for(process, "step  6/12  val_loss")
     began = time.monotonic()
     (os.kill if target == "shell" else os.killpg)(process.pid, number)
     output = process.communicate(timeout=30)[0]
@@ -222,7 +222,7 @@ def _lose_the_terminal(directory: Path, hangup: signal.Handlers, fault: str) -> 
         words = train_sh(directory, *SETTINGS)
         os.execve(words[0], words, environment(NO_INSTALL="1", FAULT=fault))
     seen = b""
-    while b"val_loss" not in seen or b"5/12" not in seen:
+    while b"val_loss" not in seen or b"6/12" not in seen:
         seen += os.read(terminal, 4096)
     os.close(terminal)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -231,8 +231,8 @@ def _lose_the_terminal(directory: Path, hangup: signal.Handlers, fault: str) -> 
 def test_the_terminal_goes_away(reference: Path, tmp_path: Path) -> None:
     """S3: the terminal is closed: SIGHUP reaches Python, which saves; train.sh ends with 129."""
     write_tiny(tmp_path)
-    assert _lose_the_terminal(tmp_path, signal.SIG_DFL, "step.forward:sleep:12") == 129
-    assert step_directory(tmp_path, 5).is_dir() or step_directory(tmp_path, 6).is_dir()
+    assert _lose_the_terminal(tmp_path, signal.SIG_DFL, "step.forward:sleep:14") == 129
+    assert step_directory(tmp_path, 6).is_dir() or step_directory(tmp_path, 7).is_dir()
     _assert_unlocked(tmp_path)
     _finish(tmp_path, reference)
 
@@ -240,7 +240,7 @@ def test_the_terminal_goes_away(reference: Path, tmp_path: Path) -> None:
 def test_the_terminal_goes_away_and_nobody_minds(reference: Path, tmp_path: Path) -> None:
     """S3: started to survive it (nohup, disown): both phases end, though no line can be printed."""
     write_tiny(tmp_path)
-    assert _lose_the_terminal(tmp_path, signal.SIG_IGN, "step.forward:sleep:12") == 0
+    assert _lose_the_terminal(tmp_path, signal.SIG_IGN, "step.forward:sleep:14") == 0
     assert digest(tmp_path, 16) == digest(reference, 16)
 
 

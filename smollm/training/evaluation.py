@@ -36,19 +36,18 @@ def evaluate(
         interrupted: whether to give up before the next batch; the result is None then.
     """
     model.eval()
-    totals = torch.zeros(2, dtype=torch.float64, device="cpu")
+    total, count = 0.0, 0
     for input_ids, labels in batches:
         if interrupted():
             break
         inputs, targets = (hardware.to_device(array, device) for array in (input_ids, labels))
-        loss = model(inputs, targets, reduction="sum")
-        count = (labels != IGNORE_INDEX).sum()
-        totals += torch.tensor([loss.item(), count], dtype=torch.float64)
+        total += model(inputs, targets, reduction="sum").item()
+        count += int((labels != IGNORE_INDEX).sum())
     model.train()
     distributed.reshard(model)
     if interrupted():
         return None
-    total, count = distributed.all_reduce_sum(totals).tolist()
+    total, count = distributed.sums([total, count])
     return Evaluation(total / count, int(count))
 
 

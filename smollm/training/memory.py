@@ -181,15 +181,15 @@ def _set(run: Run, model: CausalLM, setting: Setting) -> None:
 
 def _first_expected_to_fit(run: Run, ladder: list[Setting]) -> int:
     """The number of the first setting that every process's GPU has the memory for; said."""
-    first = torch.zeros((), device=run.hardware.device)
+    first = 0
     free = hardware.free_memory(run.hardware.device)
     if free is not None:
         parameters = count_parameters(run.config.model).total
         resident = (4 + OPTIMIZER_BYTES) * parameters // _shards(run)
         free = usable_bytes(free + resident)
         fitting = (n for n, each in enumerate(ladder) if expected_bytes(run, each) <= free)
-        first += next(fitting, len(ladder) - 1)
-    number = int(distributed.all_reduce_max(first).item())
+        first = next(fitting, len(ladder) - 1)
+    number = distributed.maximum(first)
     if number > 0:
         run.tracker.log(
             f"{ladder[0]} would take about {expected_bytes(run, ladder[0]) / GIB:.1f} GiB and "
@@ -218,16 +218,16 @@ def _fits(run: Run, model: CausalLM, compute_loss: Callable[..., Tensor]) -> boo
     """Whether two micro-batches, or the only one, go through forward and backward everywhere."""
     size = run.train_step.micro_batch
     input_ids, labels = (ids[: 2 * size] for ids in run.batch(1))
-    failed = torch.zeros((), device=run.hardware.device)
+    failed = False
     try:
         fault_injection.point("probe")
         with run.train_step.parallel.gradient_sync(False):
             for inputs, targets in zip(input_ids.split(size), labels.split(size), strict=True):
                 compute_loss(inputs, targets).backward()
     except torch.OutOfMemoryError:
-        failed += 1
+        failed = True
     model.zero_grad(set_to_none=True)
-    fits = distributed.all_reduce_max(failed).item() == 0
+    fits = not distributed.maximum(failed)
     if not fits:
         gc.collect()  # a pass that failed half-way leaves tensors in cycles
         torch.compiler.reset()  # each attempt is a graph of its own, and eight are the limit

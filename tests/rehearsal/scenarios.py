@@ -1,0 +1,191 @@
+"""What is rehearsed on a pretended GPU, each in a process of its own; prints one line of JSON.
+
+    python tests/rehearsal/scenarios.py LIBRARY SCENARIO CARD [words]
+
+LIBRARY is fake_cuda.cpp, compiled (`pretend.build`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import weakref
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pretend
+
+ROOT = Path(__file__).resolve().parents[2]
+MICRO_BATCHES = (48, 24, 16, 12, 8)  # sequences
+
+
+def live_bytes() -> Any:
+    """A mode that counts the bytes of CUDA storages that are alive: `add`, `peak`."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_map
+
+    class LiveBytes(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sizes: dict[int, int] = {}
+            self.now = self.peak = 0
+
+        @classmethod
+        def is_infra_mode(cls) -> bool:  # so that torch.compile does not mind it
+            return True
+
+        def add(self, value: Any) -> None:
+            if not isinstance(value, torch.Tensor) or not value.is_cuda:
+                return
+            storage = value.untyped_storage()
+            if storage._cdata not in self.sizes:
+                # The caching allocator rounds each size up to 512 bytes.
+                self.sizes[storage._cdata] = -(-storage.nbytes() // 512) * 512
+                self.now += self.sizes[storage._cdata]
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.free, storage._cdata)
+
+        def free(self, key: int) -> None:
+            self.now -= self.sizes.pop(key, 0)
+
+        def __torch_dispatch__(
+            self, function: Any, types: Any, arguments: tuple = (), named: dict | None = None
+        ) -> Any:
+            result = function(*arguments, **(named or {}))
+            tree_map(self.add, result)
+            return result
+
+    return LiveBytes()
+
+
+def peaks(recorder: pretend.Recorder, mode: str, how: str, *words: str) -> dict[str, int]:
+    """The peak of live CUDA bytes of a step of two micro-batches, by the micro-batch's sequences.
+
+    Args:
+        mode: gradient checkpointing.
+        how: compiled, eager, or static: compiled for one size, as the program does.
+        words: of the configuration; training.batch_size is the size of "static".
+    """
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.nn.attention import sdpa_kernel
+    from torch.utils._pytree import tree_map
+
+    from model import CausalLM
+    from smollm import hardware
+    from smollm.config_reader import load
+    from smollm.training.optimizer import build_optimizer
+
+    torch._dynamo.reset()
+    config = load(ROOT / "config.yaml", list(words))
+    machine, length = hardware.choose(config), config.data.sequence_length
+    found = {}
+    with FakeTensorMode(), sdpa_kernel(list(machine.attention.backends), set_priority=True):
+        with torch.device("cuda"):
+            model = CausalLM(config.model, machine.dtype, machine.attention.name)
+        model.train().model.gradient_checkpointing = mode
+        optimizer = build_optimizer(model, config.training)
+        if how == "compiled":  # one graph for every size
+            model.compile(fullgraph=True)
+        elif how == "static":
+            hardware.compile_model(model, machine, fullgraph=True)
+        for size in [config.training.batch_size] if how == "static" else MICRO_BATCHES:
+            counter = live_bytes()
+            ids = torch.zeros(2, size, length, dtype=torch.long, device="cuda")
+            tree_map(counter.add, [ids, *model.parameters(), *model.buffers()])
+            tree_map(counter.add, [dict(slots) for slots in optimizer.state.values()])
+            batches = [part.clone() for part in ids]
+            for batch in batches:
+                torch._dynamo.maybe_mark_dynamic(batch, 0)
+            if not found and how != "eager":  # compiled here, uncounted
+                model(batches[0], batches[0]).backward()
+                model.zero_grad(set_to_none=True)
+            with counter:
+                for batch in batches:
+                    (model(batch, batch) / 2).backward()
+            model.zero_grad(set_to_none=True)
+            found[str(size)] = counter.peak
+    return found
+
+
+def peaks_of_cases(recorder: pretend.Recorder, *cases: str) -> dict[str, Any]:
+    """`peaks` of several cases, each its words in one, and the sizes of the kernels' binaries."""
+    found = {case: peaks(recorder, *case.split()) for case in cases}
+    return {"peaks": found, "cubins": recorder.cubins() if "cubins" in os.environ else {}}
+
+
+def train(recorder: pretend.Recorder, *words: str) -> dict[str, Any]:
+    """train.py's own main, with these words: set-up, probe, steps, evaluation, samples, saving."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+
+    import train as command
+
+    draw = torch.randint
+    drawn = []
+
+    def randint(*arguments: Any, **named: Any) -> Any:
+        drawn.append(arguments)
+        return draw(*arguments, **named)
+
+    torch.randint = randint  # with which compiled graphs would seed generators of their own
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        code = command.main(list(words))
+        with unset_fake_temporarily():
+            drawn = len(drawn)
+    return {"code": code, "graphs": len(recorder.wrappers), "drawn": drawn}
+
+
+def generate(recorder: pretend.Recorder) -> dict[str, Any]:
+    """Three samples from a model of two layers: tokens, reads by the host, shapes of attention."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from model import CausalLM
+    from smollm import generation
+    from smollm.config import Config, ModelConfig
+
+    class Attentions(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shapes: set[str] = set()
+
+        def __torch_dispatch__(
+            self, function: Any, types: Any, arguments: tuple = (), named: dict | None = None
+        ) -> Any:
+            if "attention" in str(function):
+                shapes = [tuple(x.shape) for x in arguments[:2]]
+                self.shapes.add(f"{function} {shapes}")
+            return function(*arguments, **(named or {}))
+
+    config = replace(Config(), model=ModelConfig(num_hidden_layers=2))
+    with FakeTensorMode(), Attentions() as attentions:
+        with torch.device("cuda"):
+            model = CausalLM(config.model, torch.bfloat16).to(torch.bfloat16).eval()
+        recorder.reads = 0
+        prompts = [[5, 6, 7], [8], [9, 10]]
+        with generation.cached_attention(torch.device("cuda")):
+            found = generation.generate_ids(model, prompts, config.generation, [1, 2, 3], -1)
+    tokens = [len(each.ids) for each in found]
+    return {"tokens": tokens, "reads": recorder.reads, "attention": sorted(attentions.shapes)}
+
+
+def main() -> None:
+    """Run the scenario that the command line names."""
+    sys.path.insert(0, str(ROOT))
+    library, scenario, card, *words = sys.argv[1:]
+    recorder = pretend.start(Path(library), pretend.CARDS[card])
+    functions = {"peaks": peaks_of_cases, "train": train, "generate": generate}
+    with contextlib.redirect_stdout(sys.stderr):
+        result = functions[scenario](recorder, *words)
+    print(json.dumps(result))
+    pretend.end()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""The CUDA code on a pretended GPU: compiled for it, driven through, its memory counted.
+
+docs/gpu.md says what this shows and what it cannot show.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pretend
+import pytest
+import torch
+from helpers import ROOT, call, events, step_directory, write_tiny
+
+from smollm.checkpoint import store
+from smollm.config_reader import load
+from smollm.training.memory import GIB, peak_bytes
+
+FULL = ""
+NARROW = (  # two shapes that the estimator was not fitted to
+    "model.num_hidden_layers=3 model.hidden_size=512 model.num_attention_heads=8 "
+    "model.intermediate_size=2048 model.vocab_size=32000 data.sequence_length=1024"
+)
+SLIM = (
+    "model.num_hidden_layers=2 model.hidden_size=640 model.num_attention_heads=10 "
+    "model.intermediate_size=1920 model.vocab_size=16000"
+)
+STATIC = "model.num_hidden_layers=1 training.batch_size=16"
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """fake_cuda.cpp, compiled; skips where that, or Triton, cannot be had."""
+    if torch.version.cuda:
+        pytest.skip("this PyTorch is built with CUDA; tests/run.sh -m gpu runs the real thing")
+    if not torch.__version__.startswith("2.13."):
+        pytest.skip("the pretended GPU is made for torch 2.13")
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed")
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed (requirements-dev.txt)")
+    return pretend.build(tmp_path_factory.mktemp("library"))
+
+
+def rehearse(
+    library: Path, directory: Path, scenario: str, card: str, *words: str, **extra: str
+) -> tuple[dict[str, Any], str]:
+    """Run a scenario; returns its result and all that was printed."""
+    script = Path(__file__).with_name("scenarios.py")
+    command = [sys.executable, str(script), str(library), scenario, card, *words]
+    done = call(directory, command, timeout=400, **extra)
+    assert done.returncode == 0, done.stdout
+    return json.loads(done.stdout.splitlines()[-1]), done.stdout
+
+
+def estimated(case: str, size: str) -> int:
+    """What the estimator says of a case of `scenarios.peaks` at a micro-batch."""
+    mode, how, *words = case.split()
+    config = load(ROOT / "config.yaml", words)
+    tokens = int(size) * config.data.sequence_length
+    return peak_bytes(config.model, tokens, mode, how != "eager")
+
+
+MODES = ("none", "selective", "full")
+CASES = {
+    "none": [f"none compiled {FULL}"],
+    "selective": [f"selective compiled {FULL}"],
+    "full": [f"full compiled {FULL}"],
+    "eager": [f"{mode} eager {shape}" for mode in MODES for shape in (FULL, NARROW, SLIM)],
+    "others": [f"none static {NARROW} training.batch_size=24",
+               f"selective static {SLIM} training.batch_size=48",
+               f"full static {SLIM} training.batch_size=12",
+               f"none compiled {STATIC}", f"none static {STATIC}"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_memory_is_what_was_estimated(library: Path, tmp_path: Path, name: str) -> None:
+    """Two micro-batches on an H100: every peak within 5% of the estimate, and as in docs/gpu.md.
+
+    Compiled, the whole model is one graph (fullgraph) for sm_90; its kernels become binaries.
+    """
+    binaries = {"cubins": "1"} if name == "none" else {}
+    cases = [case.strip() for case in CASES[name]]
+    result, output = rehearse(library, tmp_path, "peaks", "H100", *cases, **binaries)
+    found = result["peaks"]
+    for case, peaks in found.items():
+        for size, peak in peaks.items():
+            share = estimated(case, size) / peak
+            print(f"{case} {size}: {peak / GIB:.2f} GiB, estimated x {share:.3f}")
+            assert 0.95 <= share <= 1.05, (case, size, peak, share)
+    table = documented()
+    for case, peaks in found.items():
+        if len(case.split()) == 2:  # of the full model
+            mode, how = case.split()
+            assert table[how, mode] == {size: f"{peak / GIB:.1f}" for size, peak in peaks.items()}
+    if binaries:
+        assert len(result["cubins"]) > 20 and min(result["cubins"].values()) > 1000
+    if name == "others":  # one graph for all sizes takes what the graph of one size takes
+        assert found[f"none compiled {STATIC}"]["16"] == found[f"none static {STATIC}"]["16"]
+
+
+def documented() -> dict[tuple[str, str], dict[str, str]]:
+    """The memory table of docs/gpu.md: GiB by micro-batch, for each way to compute."""
+    text = (ROOT / "docs/gpu.md").read_text("utf-8")
+    sizes = re.search(r"^\| +micro-batch +\|(.*)\|$", text, re.M)[1].replace(" ", "").split("|")
+    rows = re.findall(r"^\| (compiled|eager), (\w+) +\|(.*)\|$", text, re.M)
+    return {
+        (how, mode): dict(zip(sizes, cells.replace(" ", "").split("|"), strict=True))
+        for how, mode, cells in rows
+    }
+
+
+def train(library: Path, directory: Path, card: str, *words: str, **extra: str) -> tuple[dict, str]:
+    """Three steps of a tiny model by train.py's own main, on a card."""
+    write_tiny(directory)
+    paths = ["--config", "tiny.yaml", "--input_file", "text.txt"]
+    paths += ["--save_dir", "run/checkpoints", "--log_dir", "run/logs", "--train_steps", "3"]
+    result, output = rehearse(library, directory, "train", card, *paths, *words, **extra)
+    assert result["code"] == 0 and "Traceback" not in output, output
+    assert [event["step"] for event in events(directory, "train")] == [1, 2, 3]
+    assert len(events(directory, "eval")) == 2 and len(events(directory, "sample")) == 3
+    assert all(store.problem(step_directory(directory, step)) is None for step in (2, 3))
+    return result, output
+
+
+def test_a_compiled_run_on_an_h100(library: Path, tmp_path: Path) -> None:
+    """Set-up, probe, steps, evaluation, samples and saving, compiled, with full checkpointing: no
+    seed is drawn from the global generator, which a resumed run would draw again."""
+    result, output = train(library, tmp_path, "H100", "training.gradient_checkpointing=full")
+    assert result["graphs"] == 3 and result["drawn"] == 0, result
+    assert re.search(r"^device +NVIDIA H100", output, re.M)
+    assert re.search(r"^attention +sdpa, cuDNN 9\.19\.0 \(preferred", output, re.M)
+    assert re.search(r"^memory +about 0\.0 GiB at the peak, of 80\.0 GiB$", output, re.M)
+    assert all(event["mfu"] is not None for event in events(tmp_path, "train"))
+    assert "no memory could be pinned" not in output
+
+
+def test_an_eager_run_on_a_t4(library: Path, tmp_path: Path) -> None:
+    """No bf16, too little memory, nothing pinned: each is said, and the run goes through."""
+    words = (
+        "training.compile=false", "model.vocab_size=50258", "training.batch_size=48",
+        "training.gradient_accumulation_steps=1", "data.sequence_length=2048",
+        "model.max_position_embeddings=2048",
+    )  # fmt: skip
+    _, output = train(library, tmp_path, "T4", *words, FAULT="host.pin:error:1")
+    assert "float32 compute, float32 weights (Tesla T4 has no bf16" in output
+    assert re.search(r"^attention +sdpa, memory-efficient \(fp32\)$", output, re.M)
+    assert output.count("no memory could be pinned (") == 1
+    assert "starting with micro-batches of 8 with none gradient checkpointing" in output
+    assert "training.batch_size=8 training.gradient_accumulation_steps=6" in output
+
+
+def test_generation_keeps_its_shapes(library: Path, tmp_path: Path) -> None:
+    """On CUDA: two shapes of attention, for the prompts and for a token; the host waits once a
+    token."""
+    result, _ = rehearse(library, tmp_path, "generate", "H100")
+    assert len(result["attention"]) == 2 and result["reads"] == max(result["tokens"]) == 99
+    assert all("efficient_attention" in shapes for shapes in result["attention"])
