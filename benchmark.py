@@ -161,6 +161,9 @@ def measure(config: Config, arguments: argparse.Namespace, scratch: Path, result
             for way in ("half", "full"):
                 share = speed * machine[f"flops_per_token_{way}"] / (machine["peak_flops"] or 1)
                 summary[f"mfu_{way}"] = share if machine["peak_flops"] else None
+            if products := summary.get("matrix_products_seconds"):
+                summary["matrix_products_share"] = products / summary["seconds"]
+                summary["matrix_products_tokens_per_second"] = config.tokens_per_step / products
             firsts = [found["time_to_first_step_seconds"] for found in summary["rounds"]]
             summary["time_to_first_step_seconds"] = firsts[0]  # later rounds find compiled code
     if "checkpoint" in arguments.only:
@@ -185,6 +188,8 @@ ROWS = {  # measurement -> (label, key of a side's summary, factor, digits)
         ("    minimum", "minimum_seconds", 1e3, 1),
         ("    maximum", "maximum_seconds", 1e3, 1),
         ("    interquartile range", "interquartile_seconds", 1e3, 1),
+        ("matrix products alone, tokens/s", "matrix_products_tokens_per_second", 1, 1),
+        ("    of that, %", "matrix_products_share", 100, 1),
         ("MFU half, %", "mfu_half", 100, 1),
         ("MFU full, %", "mfu_full", 100, 1),
         ("peak memory, GiB", "peak_memory_gib", 1, 2),

@@ -121,17 +121,22 @@ if [ "${DEBUG:-0}" = 1 ]; then
     export TORCH_DISTRIBUTED_DEBUG=${TORCH_DISTRIBUTED_DEBUG:-INFO}
 fi
 
-# Where no device file of a GPU is (NVIDIA, Jetson, WSL2, AMD), there is no need to import torch.
+# Where there is no device file of a GPU (NVIDIA, Jetson, WSL2, AMD), torch need not be imported.
 GPUS=0
-if compgen -G "/dev/nv[ih]*" >/dev/null || [ -e /dev/nvmap ] || [ -e /dev/dxg ] || [ -e /dev/kfd ]; then
+for _device in ${GPU_DEVICES:-/dev/nvidia* /dev/nvhost* /dev/nvmap /dev/dxg /dev/kfd}; do
+    [ ! -e "$_device" ] || GPUS=maybe
+done
+[ "$GPUS" = 0 ] ||
     GPUS=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null || echo 0)
-fi
 export GPUS PYTHON PATH
 if [ "$GPUS" = 0 ]; then
     # Keep freed memory in the process: a 100 MB tensor then costs no page faults each time.
     export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0}
     export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-17179869184}
     export MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_:-268435456}
+    # How long a thread that has finished its part spins before it sleeps. By default so long that
+    # a busy process beside ours costs 9 of 10 tokens/s; docs/performance.md has the measurements.
+    [ -n "${OMP_WAIT_POLICY:-}" ] || export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-7000}
 elif [ -z "${PYTORCH_CUDA_ALLOC_CONF:-}" ]; then # its older name
     export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 fi

@@ -24,9 +24,10 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer
 
-from model import CausalLM, count_parameters, flops_per_token, initialize
+from model import CausalLM, count_parameters, flops_per_token, head_rows, initialize
 from smollm import atomic, generation, hardware
 from smollm.checkpoint import huggingface, resume, store
 from smollm.config import Config
@@ -130,8 +131,10 @@ def train_ours(config: Config, arguments: argparse.Namespace) -> Result:
             if step >= arguments.warmup:
                 clock.mark()
         seconds = clock.seconds()
+        products = matrix_products_seconds(run)
     return {
         "seconds": seconds,
+        "matrix_products_seconds": products,
         "data_wait_share": statistics.median(waits) / statistics.median(seconds),
         "time_to_first_step_seconds": first,
         "peak_memory_gib": hardware.peak_memory_gib(run.hardware.device),
@@ -140,6 +143,34 @@ def train_ours(config: Config, arguments: argparse.Namespace) -> Result:
         "attention": run.hardware.attention.reason,
         "last_loss": run.train_step.read().loss,
     }
+
+
+def matrix_products_seconds(run: Run) -> float:
+    """Seconds of a step's matrix products alone: what the rest of a step comes on top of.
+
+    The median of 5 times each linear layer's three products, y = x W^T, dx = dy W and dW = dy^T x,
+    in the compute dtype. Attention's are not among them.
+    """
+    model, device, dtype = run.config.model, run.hardware.device, run.hardware.dtype
+    width, inner, layers = model.hidden_size, model.intermediate_size, model.num_hidden_layers
+    rows = run.train_step.micro_batch * run.config.data.sequence_length
+    generator = torch.Generator(device).manual_seed(0)
+    total = 0.0
+    for out, size, count in (
+        (3 * width, width, layers), (width, width, layers), (inner, width, layers),
+        (width, inner, layers), (head_rows(model.vocab_size, device), width, 1),
+    ):  # fmt: skip
+        x, weight, gradient = (
+            torch.randn(shape, generator=generator, device=device).to(dtype)
+            for shape in ((rows, size), (out, size), (rows, out))
+        )
+        seconds = []
+        for _ in range(6):
+            began = _wait(device)
+            F.linear(x, weight), gradient @ weight, gradient.T @ x
+            seconds.append(_wait(device) - began)
+        total += count * statistics.median(seconds[1:])
+    return total * (run.config.sequences_per_step // run.train_step.micro_batch)
 
 
 def _timed_step(run: Run) -> float:

@@ -170,7 +170,9 @@ def compile_model(model: torch.nn.Module, hardware: Hardware, fullgraph: bool) -
     if hardware.compile != "false":
         # With it, a graph with recomputed random operations (attention counts as one) takes seeds
         # from the global generator in each process, and dropout from generators of its own.
-        torch._functorch.config.graphsafe_rng_functionalization = False
+        from torch._functorch import config as functorch  # a second's worth of modules
+
+        functorch.graphsafe_rng_functionalization = False
         options = {"coordinate_descent_tuning": True} if hardware.compile == "max" else None
         fullgraph = fullgraph and hardware.attention.keeps_graph
         model.compile(dynamic=False, fullgraph=fullgraph, options=options)

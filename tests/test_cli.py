@@ -233,3 +233,16 @@ def test_plots_and_metrics_that_are_odd(tmp_path: Path) -> None:
     words = ("--resume", "auto", "--train_steps", "4")
     result = train(tmp_path, *words, fork=False, MPLBACKEND="nonsense")
     assert result.returncode == 0 and "should not happen" not in result.stdout, result.stdout
+
+
+def test_without_matplotlib_there_are_no_plots(tmp_path: Path) -> None:
+    """Said once, however many evaluations; samples.txt is written, and the run ends."""
+    write_tiny(tmp_path)
+    (tmp_path / "matplotlib.py").write_text(
+        "raise ModuleNotFoundError(\"No module named 'matplotlib'\", name='matplotlib')"
+    )
+    words = ("--train_steps", "4", "training.eval_steps=2", "training.sample_steps=4")
+    result = train(tmp_path, *words, fork=False, PYTHONPATH=str(tmp_path))
+    assert result.returncode == 0 and "Traceback" not in result.stdout, result.stdout
+    assert result.stdout.count("there will be no plots: No module named 'matplotlib'") == 1
+    assert "Once upon a time" in (tmp_path / "run/logs/samples.txt").read_text("utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import socket
@@ -26,7 +27,7 @@ from helpers import (
     write_tiny,
 )
 
-from smollm import atomic
+from smollm import atomic, distributed
 
 SETTINGS = (
     "training.precision=fp32", "training.gradient_accumulation_steps=4",
@@ -173,6 +174,17 @@ def test_the_memory_probe_leaves_sharded_training_alone(
     assert result.returncode == 0, result.stdout
     assert ("it fits; to make that permanent" in result.stdout) == bool(fault), result.stdout
     assert losses(tmp_path) == pytest.approx(losses(reference), abs=1e-4)
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_fsdp_takes_back_our_connections(monkeypatch: pytest.MonkeyPatch, ours: bool) -> None:
+    """env.sh's CUDA_DEVICE_MAX_CONNECTIONS=1 would keep FSDP2 from overlapping; a user's stays."""
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    monkeypatch.delenv("DEFAULT_CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    if ours:
+        monkeypatch.setenv("DEFAULT_CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    distributed.allow_connections()
+    assert ("CUDA_DEVICE_MAX_CONNECTIONS" in os.environ) != ours
 
 
 def test_train_sh_with_two_processes_and_a_signal(reference: Path, tmp_path: Path) -> None:

@@ -66,6 +66,31 @@ def test_the_allocator_settings_of_the_machine() -> None:
         assert "MALLOC_MMAP_MAX_" not in found
 
 
+@pytest.mark.parametrize(
+    ("mine", "expected"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "a:1"}, "a:1"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "b:1"}, None),
+    ],
+)
+def test_the_allocator_settings_beside_a_gpu(tmp_path: Path, mine: dict, expected: str) -> None:
+    """PyTorch's; a user's own stay, under its older name too."""
+    python = tmp_path / "python"  # stands for one whose torch counts two GPUs
+    python.write_text("#!/bin/sh\necho 2\n")
+    python.chmod(0o755)
+    found = exported(PATH=f"{tmp_path}:/usr/bin:/bin", GPU_DEVICES="/dev/null", **mine)
+    assert found["GPUS"] == "2" and found.get("PYTORCH_ALLOC_CONF") == expected
+    assert "MALLOC_MMAP_MAX_" not in found
+
+
+def test_connections_of_a_user_are_not_marked_as_ours() -> None:
+    """FSDP2 takes back what env.sh has set, and only that."""
+    assert exported()["DEFAULT_CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    found = exported(CUDA_DEVICE_MAX_CONNECTIONS="1")
+    assert "DEFAULT_CUDA_DEVICE_MAX_CONNECTIONS" not in found
+
+
 def write_wheel(directory: Path, version: str) -> None:
     """A wheel of a package that has nothing but a version."""
     info = f"smollm_test-{version}.dist-info"

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import call, command, write_tiny
+from helpers import call, command, train, write_tiny
+from torch.nn.attention import SDPBackend
 
 from smollm import attention, hardware
 from smollm.errors import ConfigError
@@ -53,6 +54,78 @@ def test_attention_is_chosen_with_a_reason() -> None:
     assert attention.choose("math", cpu, torch.float32, False, False).name == "math"
     with pytest.raises(ConfigError, match="use auto"):
         attention.choose("flash_attn", cpu, torch.bfloat16, False, False)
+
+
+CUDNN, FLASH, EFFICIENT, MATH = (
+    SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("capability", "cudnn", "expected", "said"),
+    [
+        ((9, 0), 91900, [CUDNN, FLASH, EFFICIENT, MATH], "cuDNN 9.19.0 (preferred on compute"),
+        ((10, 0), 91501, [CUDNN, FLASH, EFFICIENT, MATH], "cuDNN 9.15.1 (preferred on compute"),
+        ((9, 0), 91500, [FLASH, EFFICIENT, MATH], "flash (PyTorch's own)"),
+        ((9, 0), 0, [FLASH, EFFICIENT, MATH], "flash (PyTorch's own)"),
+        ((8, 0), 91900, [FLASH, EFFICIENT, MATH], "flash (PyTorch's own)"),
+        ((8, 9), 91900, [FLASH, EFFICIENT, MATH], "flash (PyTorch's own)"),
+        ((12, 0), 91900, [FLASH, EFFICIENT, MATH], "flash (PyTorch's own)"),
+    ],
+)
+def test_the_order_of_attention_kernels(
+    capability: tuple[int, int], cudnn: int, expected: list[SDPBackend], said: str
+) -> None:
+    """By compute capability and cuDNN, as PyTorch itself prefers; the words say the same."""
+    found, words = attention.sdpa_backends(capability, cudnn, True, False)
+    assert list(found) == expected and words.startswith(said)
+    found, words = attention.sdpa_backends(capability, cudnn, False, False)
+    assert list(found) == [EFFICIENT, MATH] and "fp32" in words
+    found, words = attention.sdpa_backends(capability, cudnn, True, True)
+    assert list(found) == [FLASH, MATH] and "deterministic" in words
+
+
+def test_a_cudnn_that_shadows() -> None:
+    """A system's cuDNN before PyTorch's own is named with both versions."""
+    _, words = attention.sdpa_backends((9, 0), 90100, True, False, bundled=91900)
+    assert "cuDNN 9.1.0 of the system (LD_LIBRARY_PATH) stands before PyTorch's own 9.19.0" in words
+    assert "stands before" not in attention.sdpa_backends((9, 0), 91900, True, False, 91900)[1]
+
+
+def test_rocm_has_no_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MIOpen's version number and a capability of 9.4 are not cuDNN on Hopper."""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 3005000)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    chosen = attention.choose("auto", torch.device("cuda"), torch.bfloat16, False, True)
+    assert chosen.backends[0] == FLASH and "cuDNN" not in chosen.reason
+
+
+def test_peak_memory_on_macos(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There ru_maxrss counts bytes, on Linux KiB."""
+    linux = hardware.peak_memory_gib(torch.device("cpu"))
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert hardware.peak_memory_gib(torch.device("cpu")) == pytest.approx(linux / 1024, rel=0.1)
+
+
+TOUCHED = """
+import torch
+def touched(*_, **__): print("CUDA was touched", flush=True)
+for name in ("is_available", "_lazy_init", "synchronize", "get_rng_state_all", "set_device"):
+    setattr(torch.cuda, name, touched)
+"""
+
+
+def test_the_cpu_leaves_the_gpu_alone(tmp_path: Path) -> None:
+    """training.device=cpu: nothing of CUDA is asked or started, by a run and its resume."""
+    write_tiny(tmp_path)
+    (tmp_path / "sitecustomize.py").write_text(TOUCHED)
+    for last in ("2", "4"):
+        words = ("--train_steps", last, "--resume", "auto", "training.device=cpu")
+        result = train(tmp_path, *words, PYTHONPATH=str(tmp_path))
+        assert result.returncode == 0 and "touched" not in result.stdout, result.stdout
 
 
 def whole(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:

@@ -11,6 +11,7 @@ import signal
 import time
 
 import pytest
+import torch
 from checkpoint_helpers import (
     FILES,
     MODEL,
@@ -23,12 +24,13 @@ from checkpoint_helpers import (
     tiny,
     zero_page,
 )
-from helpers import in_child
+from helpers import in_child, small_model
 
 import checkpoint as command
-from smollm.checkpoint import store
-from smollm.config import CheckpointConfig
+from smollm.checkpoint import state, store
+from smollm.config import CheckpointConfig, TrainingConfig
 from smollm.errors import CheckpointError, ResourceError
+from smollm.training.optimizer import build_optimizer
 
 
 def test_a_checkpoint_has_its_files_and_loads(root):
@@ -193,3 +195,27 @@ def test_a_checkpoint_that_cannot_be_read_is_not_passed_over(open_tmp):
 
     said = in_child(attempt, nobody=True)
     assert said.startswith("3 ") and "step_000020/model.safetensors: cannot be read" in said, said
+
+
+def test_an_error_of_the_host_buffers_is_reported(monkeypatch):
+    """The thread that allocates them has nobody to tell: the first save raises what it met."""
+    model = small_model()
+    full = RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    def refuse(*arguments, **named):
+        raise full
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    copy = state.HostCopy(model, build_optimizer(model, TrainingConfig()), True, print)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        copy.take()
+
+
+def test_the_first_weight_that_is_not_finite_is_found():
+    """On the device, before anything is copied."""
+    model = small_model()
+    assert state.first_nonfinite(model) is None
+    with torch.no_grad():
+        model.model.layers[1].mlp.c_fc.bias[3] = float("inf")
+        model.model.norm.weight[0] = float("nan")
+    assert state.first_nonfinite(model) == "model.layers.1.mlp.c_fc.bias"

@@ -40,6 +40,22 @@ def test_what_fits_is_left_alone(run: Run, caplog: pytest.LogCaptureFixture) -> 
     assert all(parameter.grad is None for parameter in run.model.parameters())
 
 
+@pytest.mark.parametrize(("accumulation", "passes"), [(2, 2), (1, 1)])
+def test_two_micro_batches_are_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulation: int, passes: int
+) -> None:
+    """Where a step has more than one: the second one has accumulated gradients besides."""
+    monkeypatch.setattr(fault_injection, "_visits", Counter())
+    words = ("training.batch_size=6", f"training.gradient_accumulation_steps={accumulation}")
+    run = setup.set_up(tiny_job(tmp_path, *words), logging.getLogger("test"))
+    gradients = []
+    run.model.register_forward_pre_hook(
+        lambda module, arguments: gradients.append(module.model.norm.weight.grad is not None)
+    )
+    fit_memory(run)
+    assert gradients == [False, True][:passes]
+
+
 def test_a_smaller_micro_batch_is_tried_first(
     run: Run, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
