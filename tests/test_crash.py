@@ -366,15 +366,30 @@ def test_not_finite_stops_before_the_update(tmp_path: Path, where: str, value: f
     assert not step_directory(tmp_path, 6).exists()
 
 
-def test_not_finite_is_said_where_a_signal_comes_before_it_was_read(tmp_path: Path) -> None:
-    """The loss of step 6 is NaN, nothing is due, and SIGTERM comes in step 8: exit 4, not saved."""
+def test_a_weight_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
+    """A moment that is NaN spoils a weight in step 5, after its loss: the save finds it."""
     write_tiny(tmp_path)
     assert train(tmp_path, "--train_steps", "4").returncode == 0
-    directory = step_directory(tmp_path, 4)
+    _spoil(step_directory(tmp_path, 4))
+    result = train(tmp_path, *RESUME, "training.save_steps=1")
+    assert result.returncode == 4, result.stdout
+    assert "step 5: model.norm.weight is not finite; nothing was saved" in result.stdout
+    assert not step_directory(tmp_path, 5).exists()
+
+
+def _spoil(directory: Path) -> None:
+    """Put a NaN into a checkpoint's optimizer state."""
     tensors = load_file(directory / "training_state.safetensors")
     tensors["optimizer.exp_avg.model.norm.weight"].view(-1)[3] = float("nan")
     save_file(tensors, directory / "training_state.safetensors", metadata={"format": "pt"})
     reseal(directory, "training_state.safetensors")
+
+
+def test_not_finite_is_said_where_a_signal_comes_before_it_was_read(tmp_path: Path) -> None:
+    """The loss of step 6 is NaN, nothing is due, and SIGTERM comes in step 8: exit 4, not saved."""
+    write_tiny(tmp_path)
+    assert train(tmp_path, "--train_steps", "4").returncode == 0
+    _spoil(step_directory(tmp_path, 4))
     quiet = ("training.logging_steps=99", "training.save_steps=99")
     result = train(tmp_path, *RESUME, *quiet, FAULT="step.forward:term:7")
     assert result.returncode == 4 and "step 6: the loss is nan" in result.stdout, result.stdout

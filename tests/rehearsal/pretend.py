@@ -256,7 +256,6 @@ def _compile_for(card: Card, recorder: Recorder) -> None:
     import torch._inductor.config
     import triton
     from torch._dynamo import device_interface
-    from torch._functorch import config as functorch
     from torch._inductor.async_compile import AsyncCompile
     from torch._inductor.fx_passes import joint_graph
     from torch._inductor.graph import GraphLowering
@@ -308,12 +307,7 @@ def _compile_for(card: Card, recorder: Recorder) -> None:
     triton_helpers.set_driver_to_gpu = lambda: None
     torch._inductor.config.compile_threads = 1
     torch._inductor.config.force_disable_caches = True
-    functorch.graphsafe_rng_functionalization = False  # needs a real generator of the device
     joint_graph.lazy_init = lambda *_, **__: None  # traces patterns on real tensors of the device
-    for op in ("cudnn", "flash", "efficient"):  # no generator is consumed without dropout
-        overload = getattr(torch.ops.aten, f"_scaled_dot_product_{op}_attention").default
-        overload._tags = [t for t in overload._tags if t != torch.Tag.nondeterministic_seeded]
-
     library = torch.library.Library("aten", "IMPL")
     recorder.library = library  # its registrations live as long as it does
 
