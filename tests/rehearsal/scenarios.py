@@ -84,7 +84,8 @@ def peaks(recorder: pretend.Recorder, mode: str, how: str, *words: str) -> dict[
     config = load(ROOT / "config.yaml", list(words))
     machine, length = hardware.choose(config), config.data.sequence_length
     found = {}
-    with FakeTensorMode(), sdpa_kernel(list(machine.attention.backends), set_priority=True):
+    modes = FakeTensorMode(allow_non_fake_inputs=True)  # states of generators are real
+    with modes, sdpa_kernel(list(machine.attention.backends), set_priority=True):
         with torch.device("cuda"):
             model = CausalLM(config.model, machine.dtype, machine.attention.name)
         model.train().model.gradient_checkpointing = mode
