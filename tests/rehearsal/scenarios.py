@@ -25,6 +25,7 @@ MICRO_BATCHES = (48, 24, 16, 12, 8)  # sequences
 def live_bytes() -> Any:
     """A mode that counts the bytes of CUDA storages that are alive: `add`, `peak`."""
     import torch
+    from torch._prims.rng_prims import run_and_save_rng_state, run_with_rng_state
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_map
 
@@ -59,6 +60,16 @@ def live_bytes() -> Any:
             tree_map(self.add, result)
             return result
 
+    def recomputed(operator: Any) -> Any:
+        def run(mode: LiveBytes, *arguments: Any, **named: Any) -> Any:
+            result = operator(*arguments, **named)
+            tree_map(mode.add, result)
+            return result
+
+        return run
+
+    for operator in (run_and_save_rng_state, run_with_rng_state):  # attention, recomputed
+        operator.py_impl(LiveBytes)(recomputed(operator))
     return LiveBytes()
 
 
@@ -90,10 +101,10 @@ def peaks(recorder: pretend.Recorder, mode: str, how: str, *words: str) -> dict[
             model = CausalLM(config.model, machine.dtype, machine.attention.name)
         model.train().model.gradient_checkpointing = mode
         optimizer = build_optimizer(model, config.training)
-        if how == "compiled":  # one graph for every size
-            model.compile(fullgraph=True)
-        elif how == "static":
+        if how != "eager":
             hardware.compile_model(model, machine, fullgraph=True)
+        if how == "compiled":  # anew: one graph for every size
+            model.compile(fullgraph=True)
         for size in [config.training.batch_size] if how == "static" else MICRO_BATCHES:
             counter = live_bytes()
             ids = torch.zeros(2, size, length, dtype=torch.long, device="cuda")
