@@ -85,6 +85,8 @@ def chosen_by_rank_0(config: Config, choose: Callable[[], Path | None]) -> Path 
         return choose()
     from smollm import distributed, hardware  # import torch
 
+    if config.training.parallel == "fsdp":
+        distributed.allow_connections()
     distributed.start(hardware.choose_device(config.training.device, ranks.local_rank()))
     with distributed.main_first():
         path = choose() if ranks.is_main() else None

@@ -146,12 +146,14 @@ def test_a_signal_during_start_up_keeps_its_exit_code(tmp_path: Path) -> None:
 
 
 PROBED = """
+import os
 from smollm import cli
 from smollm.training import memory, setup
 
 plain = setup.set_up
 
 def set_up_and_probe(*arguments, **named):  # as on a GPU: fit_memory before the first step
+    print("connections:", os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS"))
     run = plain(*arguments, **named)
     memory.fit_memory(run)
     return run
@@ -170,8 +172,10 @@ def test_the_memory_probe_leaves_sharded_training_alone(
     write_tiny(tmp_path)
     (tmp_path / "probed.py").write_text(PROBED)
     script = tmp_path / "probed.py"
-    result = on_ranks(tmp_path, 2, "training.parallel=fsdp", script=script, FAULT=fault)
+    ours = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "DEFAULT_CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    result = on_ranks(tmp_path, 2, "training.parallel=fsdp", script=script, FAULT=fault, **ours)
     assert result.returncode == 0, result.stdout
+    assert result.stdout.count("connections: None") == 2, result.stdout
     assert ("it fits; to make that permanent" in result.stdout) == bool(fault), result.stdout
     assert losses(tmp_path) == pytest.approx(losses(reference), abs=1e-4)
 

@@ -101,8 +101,6 @@ def set_up(
         held: see `running`.
     """
     config, log = job.config, logger.info
-    if is_sharded(config):
-        distributed.allow_connections()
     machine = hardware.choose(config, ranks.local_rank())
     micro_batch = micro_batch_size(config, ranks.world_size())
     distributed.start(machine.device)
@@ -194,11 +192,6 @@ def _open_corpus(job: Job, saved: store.Checkpoint | None, log: Callable[[str], 
     return corpus
 
 
-def is_sharded(config: Config) -> bool:
-    """Whether FSDP shards the model over the processes."""
-    return ranks.world_size() > 1 and config.training.parallel == "fsdp"
-
-
 def _build_model(
     config: Config, machine: Hardware, saved: store.Checkpoint | None
 ) -> distributed.ParallelModel:
@@ -213,7 +206,7 @@ def _build_model(
         weights_seed = randomness.derive_seed(seed, 0, "weights")
         initialize(model, torch.Generator().manual_seed(weights_seed))
     model = model.to(machine.device).train()
-    sharded = is_sharded(config)
+    sharded = ranks.world_size() > 1 and config.training.parallel == "fsdp"
     hardware.compile_model(model, machine, fullgraph=not sharded)  # FSDP's hooks break the graph
     return distributed.parallelize(model, machine.device, sharded)
 
