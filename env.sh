@@ -122,6 +122,7 @@ if [ "${DEBUG:-0}" = 1 ]; then
 fi
 
 # Where there is no device file of a GPU (NVIDIA, Jetson, WSL2, AMD), torch need not be imported.
+# GPU_DEVICES=none leaves the GPUs alone.
 GPUS=0
 for _device in ${GPU_DEVICES:-/dev/nvidia* /dev/nvhost* /dev/nvmap /dev/dxg /dev/kfd}; do
     [ ! -e "$_device" ] || GPUS=maybe

@@ -19,7 +19,6 @@ cd "$(dirname "$(readlink -f "$0")")" || exit 1 # also through a link to this sc
 
 config="" input_file=input.txt save_dir=checkpoints log_dir=logs
 overrides=()
-on_cpu=""
 # Paths are relative to where the command was typed.
 absolute() { case $1 in /* | "~"*) echo "$1" ;; *) echo "$start_directory/$1" ;; esac; } # Python expands ~
 while [ $# -gt 0 ]; do
@@ -33,7 +32,7 @@ while [ $# -gt 0 ]; do
     --config=* | --input_file=* | --save_dir=* | --log_dir=*)
         set -- "${1%%=*}" "${1#*=}" "${@:2}"
         ;;
-    training.device=cpu) on_cpu=1; overrides+=("$1"); shift ;;
+    training.device=cpu) export GPU_DEVICES=none; overrides+=("$1"); shift ;; # as without a GPU
     tokenizer.source=gpt2 | tokenizer.source=train) overrides+=("$1"); shift ;;
     tokenizer.source=* | data.cache_dir=*)
         overrides+=("${1%%=*}=$(absolute "${1#*=}")")
@@ -88,14 +87,14 @@ source ./env.sh || exit
 [ "$stopped" = 0 ] || exit "$stopped"
 
 if [ "$GPUS" = 0 ] && [ -z "$config" ]; then
-    echo "notice: no GPU found: training the small model of config_cpu.yaml instead of the 123.6M one" \
+    echo "notice: no usable GPU: training the small model of config_cpu.yaml instead of the 123.6M one" \
         "(--config config.yaml would train that on the CPU, very slowly)"
     config=config_cpu.yaml
 fi
 config=${config:-config.yaml}
 
 launcher=("$PYTHON")
-if { [ "$GPUS" -gt 1 ] && [ -z "$on_cpu" ]; } || [ -n "${NNODES:-}" ]; then
+if [ "$GPUS" -gt 1 ] || [ -n "${NNODES:-}" ]; then
     # One process per GPU. For several nodes set NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT.
     launcher=("$PYTHON" -m smollm.launch --nproc_per_node="${NPROC_PER_NODE:-$GPUS}")
     if [ -n "${NNODES:-}" ]; then

@@ -1,5 +1,6 @@
 """Which attention kernel is used, in which order SDPA tries its own, and why."""
 
+import dataclasses
 import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ def choose(
             )
         return Attention("sdpa", "sdpa (PyTorch's own; there is no GPU)")
     capability = (0, 0) if torch.version.hip else torch.cuda.get_device_capability(device)
-    cudnn = 0 if torch.version.hip else torch.backends.cudnn.version() or 0
+    cudnn = 0 if torch.version.hip else _loaded_cudnn()
     half = dtype == torch.bfloat16
     backends, words = sdpa_backends(capability, cudnn, half, deterministic, bundled_cudnn())
     sdpa = Attention("sdpa", f"sdpa, {words}", backends)
@@ -55,7 +56,8 @@ def choose(
     prefers_cudnn = backends[0] == SDPBackend.CUDNN_ATTENTION
     if wanted == "sdpa" or (wanted == "auto" and (deterministic or not half or prefers_cudnn)):
         return sdpa
-    return _flash_attention(capability[0] == 9, wanted == "flash_attn", compiled) or sdpa
+    flash, left_out = _flash_attention(capability[0] == 9, wanted == "flash_attn", compiled)
+    return flash or dataclasses.replace(sdpa, reason=sdpa.reason + left_out)
 
 
 def sdpa_backends(
@@ -96,6 +98,21 @@ def _dotted(cudnn: int) -> str:
     return f"{cudnn // 10000}.{cudnn // 100 % 100}.{cudnn % 100}"
 
 
+def _loaded_cudnn() -> int:
+    """The version of the cuDNN that is loaded, as 91900; 0: there is none.
+
+    Raises:
+        ConfigError: it is older than the one that PyTorch was built for, and cannot be used.
+    """
+    try:
+        return torch.backends.cudnn.version() or 0
+    except RuntimeError as error:
+        first = [*str(error).splitlines(), ""][0]
+        raise ConfigError(
+            f"cuDNN: {first}; take the directory of the other cuDNN out of LD_LIBRARY_PATH"
+        ) from error
+
+
 def bundled_cudnn() -> int:
     """The version of the cuDNN package that was installed with PyTorch, as 91900; 0: there is none.
 
@@ -109,37 +126,54 @@ def bundled_cudnn() -> int:
     return int(parts[0]) * 10000 + int(parts[1]) * 100 + int(parts[2])
 
 
-def _flash_attention(hopper: bool, asked_for: bool, compiled: bool) -> Attention | None:
-    """FlashAttention 3 on Hopper, else 2, where it is installed and, if it was not asked for by
-    name, does not break the compiled graph."""
+def _flash_attention(hopper: bool, asked_for: bool, compiled: bool) -> tuple[Attention | None, str]:
+    """FlashAttention 3 on Hopper, else 2, where it is installed and runs and, if it was not asked
+    for by name, does not break the compiled graph; else why an installed one is left out."""
+    missing, left_out = "it is not installed", ""
     for version in (3, 2) if hopper else (2,):
         name = f"flash_attn_{version}"
         try:
             function = attention_function(name)
+            keeps_graph = _runs(function) and (not compiled or _keeps_graph(function))
         except ImportError as error:
-            missing = error  # reported if version 2 is missing too
+            missing = str(error)  # reported if version 2 is missing too
             continue
-        whole = not compiled or _keeps_graph(function)
-        if asked_for or whole:
+        except RuntimeError as error:  # no kernel for this GPU, for one
+            missing = [*str(error).splitlines(), ""][0]
+            left_out = f"; flash-attn {version} does not run here: {missing}"
+            continue
+        if asked_for or keeps_graph:
             why = "asked for" if asked_for else "installed"
-            return Attention(name, f"flash_attn {version} ({why})", keeps_graph=whole)
-        missing = None
+            reason = f"flash_attn {version} ({why})"
+            return Attention(name, reason, keeps_graph=keeps_graph), ""
+        left_out = f"; flash-attn {version} would break the compiled graph"
     if asked_for:
         raise ConfigError(
-            f"model.attention: flash_attn cannot be imported ({missing}); "
+            f"model.attention: flash_attn cannot be used ({missing}); "
             "pip install --no-build-isolation -r requirements-gpu.txt, or use auto"
-        ) from missing
-    return None
+        )
+    return None, left_out
+
+
+def _runs(attention: Callable[[Tensor, Tensor, Tensor], Tensor]) -> bool:
+    """Run a function of q, k, v forward and backward, on a GPU where there is one.
+
+    Raises:
+        RuntimeError: of the kernel, as it says it.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    q = torch.zeros(1, 128, 2, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+    attention(q, q, q).sum().backward()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return True
 
 
 def _keeps_graph(attention: Callable[[Tensor, Tensor, Tensor], Tensor]) -> bool:
     """Whether torch.compile traces a function of q, k, v whole, found by tracing it."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    q = torch.zeros(1, 128, 2, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
     try:
-        torch.compile(attention, fullgraph=True, backend="eager")(q, q, q)
+        return _runs(torch.compile(attention, fullgraph=True, backend="eager"))
     except torch._dynamo.exc.TorchDynamoException:
         return False
     finally:
         torch.compiler.reset()
-    return True

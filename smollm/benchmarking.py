@@ -131,13 +131,14 @@ def train_ours(config: Config, arguments: argparse.Namespace) -> Result:
             if step >= arguments.warmup:
                 clock.mark()
         seconds = clock.seconds()
+        peak = hardware.peak_memory_gib(run.hardware.device)
         products = matrix_products_seconds(run)
     return {
         "seconds": seconds,
         "matrix_products_seconds": products,
         "data_wait_share": statistics.median(waits) / statistics.median(seconds),
         "time_to_first_step_seconds": first,
-        "peak_memory_gib": hardware.peak_memory_gib(run.hardware.device),
+        "peak_memory_gib": peak,
         "micro_batch": run.train_step.micro_batch,
         "gradient_checkpointing": run.model.model.gradient_checkpointing,
         "attention": run.hardware.attention.reason,
@@ -161,7 +162,7 @@ def matrix_products_seconds(run: Run) -> float:
         (width, inner, layers), (head_rows(model.vocab_size, device), width, 1),
     ):  # fmt: skip
         x, weight, gradient = (
-            torch.randn(shape, generator=generator, device=device).to(dtype)
+            torch.randn(shape, generator=generator, device=device, dtype=dtype)
             for shape in ((rows, size), (out, size), (rows, out))
         )
         seconds = []

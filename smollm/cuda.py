@@ -17,6 +17,9 @@ import torch
 # it every minor version runs).
 _OLDEST_DRIVER = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}
 _LIBRARY_MISMATCH = 18  # NVML_ERROR_LIB_RM_VERSION_MISMATCH
+# GPUs of systems on a chip: they run their own binary code only, and it runs on nothing else
+# (torch.cuda.DEVICE_REQUIREMENT).
+_ON_CHIP = {(5, 3), (6, 2), (7, 2), (8, 7), (10, 1)}
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,12 @@ def problem(index: int) -> str | None:
     Args:
         index: of the GPU among the visible ones.
     """
-    if torch.cuda.is_available():
+    with warnings.catch_warnings(record=True) as caught:  # it says in a warning why CUDA failed
+        warnings.simplefilter("always")
+        available = torch.cuda.is_available()
+    if available:
+        if index >= (count := torch.cuda.device_count()):
+            return f"process {index} has no GPU of its own: {count} are visible; start {count}"
         return _code_problem(index)
     if torch.version.hip or os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1"):
         return None
@@ -71,12 +79,16 @@ def problem(index: int) -> str | None:
         )
     if torch.cuda.device_count() == 0:  # CUDA_VISIBLE_DEVICES hides them
         return None
-    wanted = int(torch.version.cuda.partition(".")[0])
-    return (
+    cannot = (
         f"the installed torch {torch.__version__} was built for CUDA {torch.version.cuda} and "
-        f"cannot start it here; {have}: {_advice(found.cuda)}, or update the driver to "
-        f"{_OLDEST_DRIVER.get(wanted, 'the newest')} or newer"
+        f"cannot start it here; {have}"
     )
+    wanted = int(torch.version.cuda.partition(".")[0])
+    if found.cuda[0] >= wanted:  # it is not the driver's age
+        said = " ".join(str(each.message) for each in caught) or "nvidia-smi may say more"
+        return f"{cannot}: {' '.join(said.split())}"
+    oldest = _OLDEST_DRIVER.get(wanted, "the newest")
+    return f"{cannot}: {_advice(found.cuda)}, or update the driver to {oldest} or newer"
 
 
 def _code_problem(index: int) -> str | None:
@@ -106,13 +118,15 @@ def has_code(capability: tuple[int, int], built: Sequence[str]) -> bool:
     """
     for architecture in built:
         kind, _, number = architecture.partition("_")
-        exact = number.endswith("a")
-        major, minor = divmod(int(number.rstrip("af")), 10)
-        if exact and (major, minor) == capability:
+        version = divmod(int(number.rstrip("af")), 10)
+        if version == capability:
             return True
-        if not exact and kind == "sm" and major == capability[0] and minor <= capability[1]:
+        if number.endswith("a"):
+            continue
+        if kind == "compute" and version <= capability:
             return True
-        if not exact and kind == "compute" and (major, minor) <= capability:
+        same_major = version[0] == capability[0] and version[1] < capability[1]
+        if kind == "sm" and same_major and not {version, capability} & _ON_CHIP:
             return True
     return False
 
@@ -129,7 +143,7 @@ def _advice(cuda: tuple[int, int], capability: tuple[int, int] | None = None) ->
         if version[0] <= cuda[0] and runs:
             fitting.append(version)
     if not fitting:
-        return "no build of this PyTorch does; training.device=cpu trains without the GPU"
+        return "no build of this PyTorch does"
     # Within a major version a driver runs newer minor ones too; one that it knows is preferred.
     major, minor = max((v for v in fitting if v <= cuda), default=min(fitting))
     return (

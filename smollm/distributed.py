@@ -35,8 +35,9 @@ def allow_connections() -> None:
 
     With one connection to the GPU FSDP2's communication waits for the computation.
     """
-    if os.environ.pop("DEFAULT_CUDA_DEVICE_MAX_CONNECTIONS", None):
-        os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)
+    ours = os.environ.pop("DEFAULT_CUDA_DEVICE_MAX_CONNECTIONS", None)
+    if ours and os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == ours:
+        del os.environ["CUDA_DEVICE_MAX_CONNECTIONS"]
 
 
 def start(device: torch.device) -> None:

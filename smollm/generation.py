@@ -76,7 +76,7 @@ def select(logits: Tensor, uniform: Tensor, settings: GenerationConfig) -> Tenso
 
 
 @contextlib.contextmanager
-def cached_attention(device: torch.device) -> Iterator[None]:
+def _cached_attention(device: torch.device) -> Iterator[None]:
     """SDPA's kernels for attention with a mask on CUDA: FlashAttention takes none."""
     with contextlib.ExitStack() as stack:
         if device.type == "cuda":
@@ -85,7 +85,6 @@ def cached_attention(device: torch.device) -> Iterator[None]:
         yield
 
 
-@torch.no_grad()
 def generate_ids(
     model: CausalLM,
     prompts: list[list[int]],
@@ -101,8 +100,21 @@ def generate_ids(
         seeds: one for each sequence.
         end: the token that ends a sequence.
     """
-    started = time.perf_counter()
     device = model.model.embed_tokens.weight.device
+    with torch.no_grad(), _cached_attention(device):
+        return _generate_ids(model, prompts, settings, seeds, end, device)
+
+
+def _generate_ids(
+    model: CausalLM,
+    prompts: list[list[int]],
+    settings: GenerationConfig,
+    seeds: list[int],
+    end: int,
+    device: torch.device,
+) -> list[Continuation]:
+    """`generate_ids`, with the kernels chosen."""
+    started = time.perf_counter()
     lengths = [len(prompt) for prompt in prompts]
     limit = min(settings.max_length, model.config.max_position_embeddings)
     most_new = [limit - length for length in lengths]
@@ -179,8 +191,7 @@ def generate(
     end = end_token(tokenizer)
     ids = encode_prompts(tokenizer, prompts, settings, model.config.max_position_embeddings)
     samples = []
-    with cached_attention(model.model.embed_tokens.weight.device):
-        found = generate_ids(model, ids, settings, seeds, end)
+    found = generate_ids(model, ids, settings, seeds, end)
     for prompt, prompt_ids, new in zip(prompts, ids, found, strict=True):
         words = new.ids[:-1] if new.ids[-1] == end else new.ids
         text = prompt + _continuation(tokenizer, prompt_ids, words)

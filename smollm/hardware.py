@@ -1,6 +1,7 @@
 """What this machine computes with: device, dtype, compiler, its memory and its peak speed."""
 
 import contextlib
+import functools
 import gc
 import importlib.util
 import os
@@ -108,7 +109,7 @@ def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
     if wanted == "cpu":
         return torch.device("cpu")
     if why := cuda.problem(local_rank):
-        raise ConfigError(f"training.device {wanted}: {why}")
+        raise ConfigError(f"{why}; CUDA_VISIBLE_DEVICES= (empty) takes the CPU")
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
@@ -178,12 +179,25 @@ def compile_model(model: torch.nn.Module, hardware: Hardware, fullgraph: bool) -
         model.compile(dynamic=False, fullgraph=fullgraph, options=options)
 
 
+@functools.cache
+def _can_pin() -> bool:
+    """Whether any memory can be pinned (not on WSL2 at times, nor with `ulimit -l 0`), tried once.
+
+    Where it cannot, the copy for checkpoints cannot either, and says so (`state.HostCopy`).
+    """
+    try:
+        torch.empty(4096, dtype=torch.uint8).pin_memory()
+    except RuntimeError:
+        return False
+    return True
+
+
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     """Token ids of any integer type -> int64 on the device, copied without waiting for it."""
     if device.type == "cpu":
         return torch.from_numpy(array.astype(np.int64))
     host = torch.from_numpy(array.astype(np.int32))
-    with contextlib.suppress(RuntimeError):  # no memory can be pinned: `state.HostCopy` says so
+    if _can_pin():
         host = host.pin_memory()
     return host.to(device, non_blocking=True).long()
 

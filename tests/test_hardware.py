@@ -93,6 +93,18 @@ def test_a_cudnn_that_shadows() -> None:
     assert "stands before" not in attention.sdpa_backends((9, 0), 91900, True, False, 91900)[1]
 
 
+def test_a_cudnn_that_is_too_old_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch refuses an older one than it was built for by an exception of several lines."""
+
+    def refuse() -> int:
+        raise RuntimeError("cuDNN version incompatibility: PyTorch was compiled against\n(9, 19)")
+
+    monkeypatch.setattr(torch.backends.cudnn, "version", refuse)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with pytest.raises(ConfigError, match="against; take the directory.*LD_LIBRARY_PATH"):
+        attention.choose("auto", torch.device("cuda"), torch.bfloat16, False, True)
+
+
 def test_rocm_has_no_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
     """MIOpen's version number and a capability of 9.4 are not cuDNN on Hopper."""
     monkeypatch.setattr(torch.version, "hip", "6.4")
@@ -113,7 +125,7 @@ def test_peak_memory_on_macos(monkeypatch: pytest.MonkeyPatch) -> None:
 TOUCHED = """
 import torch
 def touched(*_, **__): print("CUDA was touched", flush=True)
-for name in ("is_available", "_lazy_init", "synchronize", "get_rng_state_all", "set_device"):
+for name in ("_lazy_init", "synchronize", "get_rng_state_all", "set_device"):
     setattr(torch.cuda, name, touched)
 """
 
@@ -133,6 +145,11 @@ def whole(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> to
     return q + k + v
 
 
+def unrunnable(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
+    """An attention without code for this GPU."""
+    raise RuntimeError("no kernel image is available for execution on the device\nmore lines")
+
+
 def broken(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
     """An attention that breaks the graph."""
     torch._dynamo.graph_break()
@@ -147,6 +164,8 @@ def broken(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> t
         (False, {2, 3}, whole, True, "flash_attn_2"),
         (False, {2}, broken, True, None),
         (False, {2}, broken, False, "flash_attn_2"),
+        (False, {2}, unrunnable, True, None),
+        (False, {2}, unrunnable, False, None),
         (False, set(), whole, True, None),
     ],
 )
@@ -160,10 +179,12 @@ def test_flash_attention_by_what_is_installed(
         module = types.ModuleType(name)
         module.flash_attn_func = function
         monkeypatch.setitem(sys.modules, name, module if version in installed else None)
-    found = attention._flash_attention(hopper, False, compiled)
+    found, left_out = attention._flash_attention(hopper, False, compiled)
     assert (found and found.name) == expected
-    if installed:
-        asked = attention._flash_attention(hopper, True, compiled)
+    assert ("does not run here: no kernel image" in left_out) == (function is unrunnable)
+    assert ("would break" in left_out) == (expected is None and function is broken)
+    if installed and function is not unrunnable:
+        asked, _ = attention._flash_attention(hopper, True, compiled)
         assert asked.keeps_graph == (function is whole or not compiled)
     else:
         with pytest.raises(ConfigError, match="pip install"):

@@ -46,8 +46,8 @@ class HostCopy:
 
     Fresh memory costs seconds of page faults for 1.5 GB, a copy into memory in use 0.1 s: so a
     thread allocates the buffers while the first steps run. For a GPU they are pinned, in one
-    allocation (PyTorch rounds the size of each up to a power of two); where no memory can be
-    pinned (WSL2, `ulimit -l`) they are not, and copies take longer.
+    allocation (PyTorch rounds the size of each up to a power of two: 1.48 GB to 2.15); where no
+    memory can be pinned (WSL2, `ulimit -l`) they are not, and copies take longer.
 
     Args:
         enabled: whether this process writes checkpoints; the others only take part in collectives.
@@ -89,7 +89,7 @@ class HostCopy:
             fault_injection.point("host.pin")
             return torch.empty(size, dtype=torch.uint8, pin_memory=True)
         except (RuntimeError, OSError) as error:
-            first = str(error).splitlines()[0]
+            first = [*str(error).splitlines(), ""][0]
             self.log(
                 f"no memory could be pinned ({first}): copies for checkpoints take longer; raise "
                 "`ulimit -l`, or the memory limit of WSL2"

@@ -54,7 +54,7 @@ def peak_bytes(
         checkpointing: `training.gradient_checkpointing`.
         compiled: by torch.compile, else eager.
         itemsize: bytes of the compute dtype.
-        shards: processes that share weights, gradients and optimizer (FSDP).
+        shards: processes that share weights and optimizer (FSDP).
     """
     parameters = count_parameters(model).total
     vocabulary = head_rows(model.vocab_size, torch.device("cuda"))
@@ -81,7 +81,8 @@ def peak_bytes(
         head += width
     # Weights in the compute dtype: all of them are kept for the backward pass, or the head's.
     casts = parameters if checkpointing == "none" else 2 * vocabulary * model.hidden_size
-    fixed = (4 + 4 + OPTIMIZER_BYTES) * parameters // shards  # weights, gradients, optimizer
+    # Weights and optimizer; gradients, which are whole until the last micro-batch is reduced.
+    fixed = (4 + OPTIMIZER_BYTES) * parameters // shards + 4 * parameters
     if itemsize < 4:
         fixed += itemsize * casts
     return fixed + tokens * (model.num_hidden_layers * kept + max(head, layer))

@@ -252,23 +252,29 @@ class Recorder:
 
 def _compile_for(card: Card, recorder: Recorder) -> None:
     """Have inductor generate code for the card, and execute its wrappers on fake tensors."""
-    import torch
     import torch._inductor.config
-    import triton
-    from torch._dynamo import device_interface
-    from torch._inductor.async_compile import AsyncCompile
     from torch._inductor.fx_passes import joint_graph
-    from torch._inductor.graph import GraphLowering
-    from torch._inductor.runtime import triton_helpers
-    from torch._subclasses.fake_tensor import FakeTensor
-    from torch.utils import _triton
-    from triton.backends.compiler import GPUTarget
+
+    torch._inductor.config.compile_threads = 1
+    torch._inductor.config.force_disable_caches = True
+    joint_graph.lazy_init = lambda *_, **__: None  # traces patterns on real tensors of the device
+    _answer_dynamo(card)
+    _answer_triton(card)
+    _allocate_on_the_host(recorder)
+    _record_kernels(recorder)
+    _execute_wrappers(recorder)
+
+
+def _answer_dynamo(card: Card) -> None:
+    """Answer for the card as Dynamo and inductor ask."""
+    import torch
+    from torch._dynamo import device_interface
 
     capability = 10 * card.capability[0] + card.capability[1]
-    _triton.has_triton = _triton.has_triton_package = lambda: True
+    properties = torch.cuda.get_device_properties()
 
     class Interface(device_interface.CudaInterface):
-        """torch.cuda, as Dynamo and inductor ask it."""
+        """torch.cuda, as they ask it."""
 
         is_available = is_triton_capable = staticmethod(lambda device=None: True)
         get_compute_capability = staticmethod(lambda device=None: capability)
@@ -276,7 +282,7 @@ def _compile_for(card: Card, recorder: Recorder) -> None:
         get_raw_stream = current_device = staticmethod(lambda device=None: 0)
         device_count = staticmethod(lambda: 1)
         set_device = synchronize = staticmethod(lambda device=None: None)
-        get_device_properties = staticmethod(lambda device=None: torch.cuda.get_device_properties())
+        get_device_properties = staticmethod(lambda device=None: properties)
         current_stream = staticmethod(lambda device=None: _Nothing())
 
         class Worker:
@@ -284,30 +290,43 @@ def _compile_for(card: Card, recorder: Recorder) -> None:
 
             set_device = staticmethod(lambda device: None)
             current_device = staticmethod(lambda: 0)
-            get_device_properties = staticmethod(
-                lambda device=None: torch.cuda.get_device_properties()
-            )
+            get_device_properties = staticmethod(lambda device=None: properties)
 
     device_interface.get_registered_device_interfaces()  # registers the real ones first
     for name in ("cuda", "cuda:0"):
         device_interface.register_interface_for_device(name, Interface)
 
+
+def _answer_triton(card: Card) -> None:
+    """Be the driver that Triton asks for the card."""
+    import torch
+    import triton
+    from torch._inductor.runtime import triton_helpers
+    from torch.utils import _triton
+    from triton.backends.compiler import GPUTarget
+
+    target = GPUTarget("cuda", 10 * card.capability[0] + card.capability[1], 32)
+
     class Driver:
         """What Triton asks a driver."""
 
         is_active = staticmethod(lambda: True)
-        get_current_target = staticmethod(lambda: GPUTarget("cuda", capability, 32))
+        get_current_target = staticmethod(lambda: target)
         get_current_device = staticmethod(lambda: 0)
         get_active_torch_device = staticmethod(lambda: torch.device("cuda", 0))
         get_current_stream = staticmethod(lambda device=None: 0)
         get_device_capability = staticmethod(lambda device=None: card.capability)
         get_device_interface = staticmethod(lambda: torch.cuda)
 
+    _triton.has_triton = _triton.has_triton_package = lambda: True
     triton.runtime.driver.set_active(Driver())
     triton_helpers.set_driver_to_gpu = lambda: None
-    torch._inductor.config.compile_threads = 1
-    torch._inductor.config.force_disable_caches = True
-    joint_graph.lazy_init = lambda *_, **__: None  # traces patterns on real tensors of the device
+
+
+def _allocate_on_the_host(recorder: Recorder) -> None:
+    """What allocates on 'cuda' beside the fake mode gets memory of the host."""
+    import torch
+
     library = torch.library.Library("aten", "IMPL")
     recorder.library = library  # its registrations live as long as it does
 
@@ -320,6 +339,11 @@ def _compile_for(card: Card, recorder: Recorder) -> None:
     library.impl("empty.memory_format", on_cpu(torch.empty), "CUDA")
     library.impl("empty_strided", on_cpu(torch.empty_strided), "CUDA")
 
+
+def _record_kernels(recorder: Recorder) -> None:
+    """Keep each Triton kernel's source; count launches instead of launching."""
+    from torch._inductor.async_compile import AsyncCompile
+
     def triton_kernel(self: Any, name: str, source: str, device_str: str = "cuda") -> Any:
         recorder.kernels[name] = source
 
@@ -330,6 +354,12 @@ def _compile_for(card: Card, recorder: Recorder) -> None:
 
     AsyncCompile.triton = triton_kernel
     AsyncCompile.wait = lambda self, scope: None
+
+
+def _execute_wrappers(recorder: Recorder) -> None:
+    """Run what inductor generates around the kernels, under the fake mode of its arguments."""
+    from torch._inductor.graph import GraphLowering
+    from torch._subclasses.fake_tensor import FakeTensor
 
     def load(self: GraphLowering) -> Any:
         text = self.codegen()[0].value
