@@ -142,19 +142,34 @@ def test_a_compiled_run_on_an_h100(library: Path, tmp_path: Path) -> None:
     assert "no memory could be pinned" not in output
 
 
-def test_an_eager_run_on_a_t4(library: Path, tmp_path: Path) -> None:
-    """No bf16, too little memory, nothing pinned: each is said, and the run goes through."""
-    words = (
-        "training.compile=false", "model.vocab_size=50258", "training.batch_size=48",
-        "training.gradient_accumulation_steps=1", "data.sequence_length=2048",
-        "model.max_position_embeddings=2048",
-    )  # fmt: skip
-    _, output = train(library, tmp_path, "T4", *words, FAULT="host.pin:error:1")
-    assert "float32 compute, float32 weights (Tesla T4 has no bf16" in output
-    assert re.search(r"^attention +sdpa, memory-efficient \(fp32\)$", output, re.M)
-    assert output.count("no memory could be pinned (") == 1
-    assert "starting with micro-batches of 8 with none gradient checkpointing" in output
-    assert "training.batch_size=8 training.gradient_accumulation_steps=6" in output
+LARGE = (  # 48 windows of 2,048 tokens, whose logits fill a card in eager mode
+    "training.compile=false", "model.vocab_size=50258", "training.batch_size=48",
+    "training.gradient_accumulation_steps=1", "data.sequence_length=2048",
+    "model.max_position_embeddings=2048",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("card", "attention", "size", "micro_batch"),
+    [
+        ("A100", "flash (PyTorch's own)", 40, 24),
+        ("4090", "flash (PyTorch's own)", 24, 16),
+        ("T4", "memory-efficient (fp32)", 15, 8),
+    ],
+)
+def test_an_eager_run_on_a_card(
+    library: Path, tmp_path: Path, card: str, attention: str, size: int, micro_batch: int
+) -> None:
+    """Kernels and first try go by the card; on a T4 no bf16, and nothing pinned: each is said."""
+    fault = {"FAULT": "host.pin:error:1"} if card == "T4" else {}
+    _, output = train(library, tmp_path, card, *LARGE, **fault)
+    assert ("float32 compute, float32 weights (Tesla T4 has no bf16" in output) == (card == "T4")
+    assert re.search(rf"^attention +sdpa, {re.escape(attention)}$", output, re.M)
+    assert re.search(rf"^memory +about .* of {size}\.0 GiB$", output, re.M)
+    assert output.count("no memory could be pinned (") == len(fault)
+    assert f"starting with micro-batches of {micro_batch} with none gradient" in output
+    settings = f"training.batch_size={micro_batch} training.gradient_accumulation_steps="
+    assert f"{settings}{48 // micro_batch}" in output
 
 
 def test_generation_keeps_its_shapes(library: Path, tmp_path: Path) -> None:
