@@ -75,9 +75,9 @@ def _errors_reported(run: Run) -> Iterator[None]:
         if isinstance(error, torch.OutOfMemoryError) or is_memory_full(error):
             which = "GPU" if run.hardware.device.type == "cuda" else "machine"
             said = ResourceError(
-                f"step {run.progress.step + 1}: the {which}'s memory is full; set "
-                "training.gradient_checkpointing=full, or halve training.batch_size and double "
-                f"training.gradient_accumulation_steps ({[*str(error).splitlines(), ''][0]})"
+                f"step {run.progress.step + 1}: the {which}'s memory is full; halve "
+                "training.batch_size and double training.gradient_accumulation_steps, or set "
+                f"training.gradient_checkpointing=full ({[*str(error).splitlines(), ''][0]})"
             )
         if isinstance(said, UserError):
             run.job.stop.deferred = True  # torchrun's SIGTERM must not change the exit code now
