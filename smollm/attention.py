@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from model import attention_function
-from smollm.errors import ConfigError
+from smollm.errors import ConfigError, first_line
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,12 @@ class Attention:
 
 
 def choose(
-    wanted: str, device: torch.device, dtype: torch.dtype, deterministic: bool, compiled: bool
+    wanted: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    deterministic: bool = False,
+    compiled: bool = False,
 ) -> Attention:
     """Which attention to use, and why.
 
@@ -48,7 +53,9 @@ def choose(
     capability = (0, 0) if torch.version.hip else torch.cuda.get_device_capability(device)
     cudnn = 0 if torch.version.hip else _loaded_cudnn()
     half = dtype == torch.bfloat16
-    backends, words = sdpa_backends(capability, cudnn, half, deterministic, bundled_cudnn())
+    backends, words = sdpa_backends(
+        capability, cudnn, _bundled_cudnn(), half=half, deterministic=deterministic
+    )
     sdpa = Attention("sdpa", f"sdpa, {words}", backends)
     if wanted == "flash_attn" and (deterministic or not half):
         why = "deterministic" if deterministic else "fp32"
@@ -61,7 +68,12 @@ def choose(
 
 
 def sdpa_backends(
-    capability: tuple[int, int], cudnn: int, half: bool, deterministic: bool, bundled: int = 0
+    capability: tuple[int, int],
+    cudnn: int,
+    bundled: int = 0,
+    *,
+    half: bool = True,
+    deterministic: bool = False,
 ) -> tuple[tuple[SDPBackend, ...], str]:
     """The kernels of PyTorch's SDPA in the order in which they are tried, and why in words.
 
@@ -71,8 +83,8 @@ def sdpa_backends(
     Args:
         capability: (0, 0) where there is none (ROCm).
         cudnn: the loaded cuDNN's version as PyTorch gives it, 91900 for 9.19.0; 0: none.
-        half: whether bf16 is computed in; cuDNN and FlashAttention take no fp32.
         bundled: the version of the cuDNN that was installed with PyTorch; 0: unknown.
+        half: whether bf16 is computed in; cuDNN and FlashAttention take no fp32.
     """
     flash, efficient, math = (
         SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH,
@@ -107,13 +119,13 @@ def _loaded_cudnn() -> int:
     try:
         return torch.backends.cudnn.version() or 0
     except RuntimeError as error:
-        first = [*str(error).splitlines(), ""][0]
         raise ConfigError(
-            f"cuDNN: {first}; take the directory of the other cuDNN out of LD_LIBRARY_PATH"
+            f"cuDNN: {first_line(error)}; take the directory of the other cuDNN out of "
+            "LD_LIBRARY_PATH"
         ) from error
 
 
-def bundled_cudnn() -> int:
+def _bundled_cudnn() -> int:
     """The version of the cuDNN package that was installed with PyTorch, as 91900; 0: there is none.
 
     It is not asked of CUDA: what is loaded may be another one.
@@ -134,12 +146,13 @@ def _flash_attention(hopper: bool, asked_for: bool, compiled: bool) -> tuple[Att
         name = f"flash_attn_{version}"
         try:
             function = attention_function(name)
-            keeps_graph = _runs(function) and (not compiled or _keeps_graph(function))
+            _run(function)
+            keeps_graph = not compiled or _keeps_graph(function)
         except ImportError as error:
             missing = str(error)  # reported if version 2 is missing too
             continue
         except RuntimeError as error:  # no kernel for this GPU, for one
-            missing = [*str(error).splitlines(), ""][0]
+            missing = first_line(error)
             left_out = f"; flash-attn {version} does not run here: {missing}"
             continue
         if asked_for or keeps_graph:
@@ -155,7 +168,7 @@ def _flash_attention(hopper: bool, asked_for: bool, compiled: bool) -> tuple[Att
     return None, left_out
 
 
-def _runs(attention: Callable[[Tensor, Tensor, Tensor], Tensor]) -> bool:
+def _run(attention: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
     """Run a function of q, k, v forward and backward, on a GPU where there is one.
 
     Raises:
@@ -166,14 +179,14 @@ def _runs(attention: Callable[[Tensor, Tensor, Tensor], Tensor]) -> bool:
     attention(q, q, q).sum().backward()
     if device == "cuda":
         torch.cuda.synchronize()
-    return True
 
 
 def _keeps_graph(attention: Callable[[Tensor, Tensor, Tensor], Tensor]) -> bool:
     """Whether torch.compile traces a function of q, k, v whole, found by tracing it."""
     try:
-        return _runs(torch.compile(attention, fullgraph=True, backend="eager"))
+        _run(torch.compile(attention, fullgraph=True, backend="eager"))
     except torch._dynamo.exc.TorchDynamoException:
         return False
     finally:
         torch.compiler.reset()
+    return True

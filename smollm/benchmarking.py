@@ -38,7 +38,7 @@ from smollm.signals import StopSignals
 from smollm.training import setup
 from smollm.training.job import Job
 from smollm.training.memory import fit_memory
-from smollm.training.optimizer import micro_batch_size, smaller_micro_batch
+from smollm.training.optimizer import micro_batch_size, micro_batches
 from smollm.training.run import Run
 
 PROMPT_TOKENS, NEW_TOKENS, SAMPLES = 8, 100, 3  # of the generation measurement
@@ -342,14 +342,13 @@ def generate_transformers(config: Config, arguments: argparse.Namespace) -> Resu
 
 def train_transformers(config: Config, arguments: argparse.Namespace, compiled: bool) -> Result:
     """Hugging Face Trainer; with smaller micro-batches where ours does not fit on the GPU."""
-    micro_batch = config.training.batch_size
-    while (result := _trainer_steps(config, arguments, compiled, micro_batch)) is None:
-        micro_batch = smaller_micro_batch(micro_batch, config.sequences_per_step)
-        if micro_batch is None:
-            raise UserError("one sequence does not fit on the GPU", 3)
+    for micro_batch in micro_batches(config.training.batch_size, config.sequences_per_step):
+        result = _trainer_steps(config, arguments, compiled, micro_batch)
+        if result is not None:
+            return result
         gc.collect()
         torch.cuda.empty_cache()
-    return result
+    raise UserError("one sequence does not fit on the GPU", 3)
 
 
 def _trainer_steps(

@@ -14,6 +14,7 @@ from typing import Any
 from smollm.errors import printable
 
 LAST_STEP = 999_999  # names of checkpoint directories have six digits
+GRADIENT_CHECKPOINTING = ("none", "selective", "full")  # each keeps less than the one before
 
 
 def _setting(
@@ -77,7 +78,7 @@ class TrainingConfig:
     adam_epsilon: float = _setting(1e-8, 1e-16, 0.1)
     max_grad_norm: float = _setting(1.0, 1e-6, 1e6)
     precision: str = _setting("auto", choices=("auto", "bf16", "fp32"))
-    gradient_checkpointing: str = _setting("none", choices=("none", "selective", "full"))
+    gradient_checkpointing: str = _setting("none", choices=GRADIENT_CHECKPOINTING)
     fit_memory: bool = _setting(True)
     compile: str = _setting("auto", choices=("auto", "true", "false", "max"))
     parallel: str = _setting("auto", choices=("auto", "ddp", "fsdp"))

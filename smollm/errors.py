@@ -79,6 +79,11 @@ class DivergedError(UserError):
     exit_code = 4
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, which may be nothing."""
+    return [*str(error).splitlines(), ""][0]
+
+
 NO_THREADS = "this user may start no more threads; raise `ulimit -u`"
 
 

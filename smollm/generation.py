@@ -4,9 +4,8 @@ Sampling follows Hugging Face's order: temperature, then top-k, then top-p. A sa
 on the others of its batch.
 """
 
-import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,16 +74,17 @@ def select(logits: Tensor, uniform: Tensor, settings: GenerationConfig) -> Tenso
     return ids.gather(-1, choice.minimum(last)).squeeze(-1)
 
 
-@contextlib.contextmanager
-def _cached_attention(device: torch.device) -> Iterator[None]:
-    """SDPA's kernels for attention with a mask on CUDA: FlashAttention takes none."""
-    with contextlib.ExitStack() as stack:
-        if device.type == "cuda":
-            backends = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-            stack.enter_context(sdpa_kernel(backends, set_priority=True))
-        yield
+def _hidden(model: CausalLM, input_ids: Tensor, cache: KVCache) -> Tensor:
+    """Hidden states (B, T, C) of new tokens. On CUDA by the kernels of SDPA that take a mask, which
+    FlashAttention does not."""
+    if not input_ids.is_cuda:
+        return model.model(input_ids, model.dtype, cache)
+    backends = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(backends, set_priority=True):
+        return model.model(input_ids, model.dtype, cache)
 
 
+@torch.no_grad()
 def generate_ids(
     model: CausalLM,
     prompts: list[list[int]],
@@ -100,21 +100,8 @@ def generate_ids(
         seeds: one for each sequence.
         end: the token that ends a sequence.
     """
-    device = model.model.embed_tokens.weight.device
-    with torch.no_grad(), _cached_attention(device):
-        return _generate_ids(model, prompts, settings, seeds, end, device)
-
-
-def _generate_ids(
-    model: CausalLM,
-    prompts: list[list[int]],
-    settings: GenerationConfig,
-    seeds: list[int],
-    end: int,
-    device: torch.device,
-) -> list[Continuation]:
-    """`generate_ids`, with the kernels chosen."""
     started = time.perf_counter()
+    device = model.model.embed_tokens.weight.device
     lengths = [len(prompt) for prompt in prompts]
     limit = min(settings.max_length, model.config.max_position_embeddings)
     most_new = [limit - length for length in lengths]
@@ -123,7 +110,7 @@ def _generate_ids(
     cache = KVCache(model.config, len(prompts), limit, device, model.dtype)
     # Prompts are padded on the right: padding is overwritten before any query attends to it.
     padded = [prompt + [end] * (max(lengths) - len(prompt)) for prompt in prompts]
-    hidden = model.model(torch.tensor(padded, device=device), model.dtype, cache)
+    hidden = _hidden(model, torch.tensor(padded, device=device), cache)
     cache.set_lengths(lengths)
     hidden = hidden[torch.arange(len(prompts), device=device), cache.lengths - 1]
     results = [Continuation([], 0.0, 0.0) for _ in prompts]
@@ -144,7 +131,7 @@ def _generate_ids(
         if not unfinished:
             break
         cache.reopen_full_rows()  # they are finished; what they get is ignored
-        hidden = model.model(chosen[:, None], model.dtype, cache)[:, -1]
+        hidden = _hidden(model, chosen[:, None], cache)[:, -1]
     return results
 
 

@@ -70,8 +70,9 @@ def choose(config: Config, local_rank: int = 0) -> Hardware:
     dtype = choose_dtype(training.precision, device)
     compiled, why = choose_compile(training.compile, device)
     chosen = attention.choose(
-        config.model.attention, device, dtype, training.deterministic, compiled != "false"
-    )
+        config.model.attention, device, dtype, deterministic=training.deterministic,
+        compiled=compiled != "false",
+    )  # fmt: skip
     return Hardware(device, dtype, chosen, compiled, why, training.deterministic)
 
 
@@ -169,8 +170,9 @@ def step_conditions(hardware: Hardware) -> Iterator[None]:
 def compile_model(model: torch.nn.Module, hardware: Hardware, fullgraph: bool) -> None:
     """Compile the model where that was decided; the loss is inside, so logits never leave."""
     if hardware.compile != "false":
-        # With it, a graph with recomputed random operations (attention counts as one) takes seeds
-        # from the global generator in each process, and dropout from generators of its own.
+        # By default a compiled graph that recomputes random operations (attention counts as one)
+        # draws seeds from the global generator in each process, for generators of its own: dropout
+        # would depend on when the process was started.
         from torch._functorch import config as functorch  # a second's worth of modules
 
         functorch.graphsafe_rng_functionalization = False

@@ -107,7 +107,9 @@ class Started:
         """The exit code; None while it runs."""
         return self.child.exitcode
 
-    poll = returncode.fget
+    def poll(self) -> int | None:
+        """The same."""
+        return self.child.exitcode
 
     def send_signal(self, number: signal.Signals) -> None:
         """Send it a signal."""

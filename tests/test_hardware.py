@@ -49,11 +49,11 @@ def test_the_cpu_has_no_peak() -> None:
 def test_attention_is_chosen_with_a_reason() -> None:
     """auto on the CPU is sdpa; flash_attn asked for without a GPU is an error with a way out."""
     cpu = torch.device("cpu")
-    chosen = attention.choose("auto", cpu, torch.float32, False, False)
+    chosen = attention.choose("auto", cpu, torch.float32)
     assert chosen.name == "sdpa" and "no GPU" in chosen.reason
-    assert attention.choose("math", cpu, torch.float32, False, False).name == "math"
+    assert attention.choose("math", cpu, torch.float32).name == "math"
     with pytest.raises(ConfigError, match="use auto"):
-        attention.choose("flash_attn", cpu, torch.bfloat16, False, False)
+        attention.choose("flash_attn", cpu, torch.bfloat16)
 
 
 CUDNN, FLASH, EFFICIENT, MATH = (
@@ -78,19 +78,19 @@ def test_the_order_of_attention_kernels(
     capability: tuple[int, int], cudnn: int, expected: list[SDPBackend], said: str
 ) -> None:
     """By compute capability and cuDNN, as PyTorch itself prefers; the words say the same."""
-    found, words = attention.sdpa_backends(capability, cudnn, True, False)
+    found, words = attention.sdpa_backends(capability, cudnn)
     assert list(found) == expected and words.startswith(said)
-    found, words = attention.sdpa_backends(capability, cudnn, False, False)
+    found, words = attention.sdpa_backends(capability, cudnn, half=False)
     assert list(found) == [EFFICIENT, MATH] and "fp32" in words
-    found, words = attention.sdpa_backends(capability, cudnn, True, True)
+    found, words = attention.sdpa_backends(capability, cudnn, deterministic=True)
     assert list(found) == [FLASH, MATH] and "deterministic" in words
 
 
 def test_a_cudnn_that_shadows() -> None:
     """A system's cuDNN before PyTorch's own is named with both versions."""
-    _, words = attention.sdpa_backends((9, 0), 90100, True, False, bundled=91900)
+    _, words = attention.sdpa_backends((9, 0), 90100, bundled=91900)
     assert "cuDNN 9.1.0 of the system (LD_LIBRARY_PATH) stands before PyTorch's own 9.19.0" in words
-    assert "stands before" not in attention.sdpa_backends((9, 0), 91900, True, False, 91900)[1]
+    assert "stands before" not in attention.sdpa_backends((9, 0), 91900, bundled=91900)[1]
 
 
 def test_a_cudnn_that_is_too_old_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +102,7 @@ def test_a_cudnn_that_is_too_old_is_one_line(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.backends.cudnn, "version", refuse)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     with pytest.raises(ConfigError, match="against; take the directory.*LD_LIBRARY_PATH"):
-        attention.choose("auto", torch.device("cuda"), torch.bfloat16, False, True)
+        attention.choose("auto", torch.device("cuda"), torch.bfloat16, compiled=True)
 
 
 def test_rocm_has_no_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +111,7 @@ def test_rocm_has_no_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 3005000)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
     monkeypatch.setitem(sys.modules, "flash_attn", None)
-    chosen = attention.choose("auto", torch.device("cuda"), torch.bfloat16, False, True)
+    chosen = attention.choose("auto", torch.device("cuda"), torch.bfloat16, compiled=True)
     assert chosen.backends[0] == FLASH and "cuDNN" not in chosen.reason
 
 

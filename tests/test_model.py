@@ -361,7 +361,7 @@ def test_attention_on_the_gpu(attention: str) -> None:
     device = torch.device("cuda")
     generator = torch.Generator(device).manual_seed(0)
     q, k, v = torch.randn(3, 2, 256, 4, 64, device=device, generator=generator)
-    chosen = kernels.choose(attention, device, torch.bfloat16, False, False)
+    chosen = kernels.choose(attention, device, torch.bfloat16)
     out = attention_function(chosen.name)(q.bfloat16(), k.bfloat16(), v.bfloat16()).float()
     torch.testing.assert_close(out, attention_math(q, k, v), atol=2e-2, rtol=2e-2)
 

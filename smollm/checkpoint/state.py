@@ -16,7 +16,7 @@ from smollm.checkpoint.store import Checkpoint
 from smollm.config import Config
 from smollm.data.batches import Position
 from smollm.data.token_cache import Corpus
-from smollm.errors import CheckpointError
+from smollm.errors import CheckpointError, first_line
 
 ALIGNMENT = 64  # bytes: of each tensor in the host's copy
 
@@ -62,18 +62,16 @@ class HostCopy:
         self.buffers: dict[str, Tensor] = {}
         self.error: Exception | None = None
         live = {name: (tensor.shape, tensor.dtype) for name, tensor in self._live()}
-        pinned = any(tensor.is_cuda for _, tensor in self._live())
-        self.thread = threading.Thread(
-            target=self._allocate, args=(live, pinned), name="host-buffers"
-        )
+        self.on_gpu = next(model.parameters()).is_cuda
+        self.thread = threading.Thread(target=self._allocate, args=(live,), name="host-buffers")
         if enabled:
             self.thread.start()
 
-    def _allocate(self, live: dict[str, tuple[torch.Size, torch.dtype]], pinned: bool) -> None:
+    def _allocate(self, live: dict[str, tuple[torch.Size, torch.dtype]]) -> None:
         try:
             sizes = [shape.numel() * dtype.itemsize for shape, dtype in live.values()]
             rounded = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
-            slab = self._pinned(sum(rounded)) if pinned else None
+            slab = self._pinned(sum(rounded)) if self.on_gpu else None
             if slab is None:
                 slab = torch.empty(sum(rounded), dtype=torch.uint8)
             slab.fill_(0)  # touches every page, which an allocation alone need not
@@ -89,10 +87,9 @@ class HostCopy:
             fault_injection.point("host.pin")
             return torch.empty(size, dtype=torch.uint8, pin_memory=True)
         except (RuntimeError, OSError) as error:
-            first = [*str(error).splitlines(), ""][0]
             self.log(
-                f"no memory could be pinned ({first}): copies for checkpoints take longer; raise "
-                "`ulimit -l`, or the memory limit of WSL2"
+                f"no memory could be pinned ({first_line(error)}): copies for checkpoints take "
+                "longer; raise `ulimit -l`, or the memory limit of WSL2"
             )
             return None
 
@@ -111,17 +108,15 @@ class HostCopy:
             self.thread.join()
         if self.error is not None:
             raise self.error
-        on_gpu = False
         for name, tensor in self._live():
             full = distributed.full_tensor(tensor)  # collective: on every process
-            on_gpu = on_gpu or full.is_cuda
             if self.enabled:
                 self.buffers[name].copy_(full, non_blocking=True)
-        if on_gpu:
+        if self.on_gpu:
             torch.cuda.synchronize()
         weights = {k: v for k, v in self.buffers.items() if not k.startswith("optimizer.")}
         moments = {k: v for k, v in self.buffers.items() if k.startswith("optimizer.")}
-        return weights, {**moments, **randomness.global_states(on_gpu)}
+        return weights, {**moments, **randomness.global_states(self.on_gpu)}
 
 
 def first_nonfinite(model: nn.Module) -> str | None:

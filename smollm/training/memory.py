@@ -12,13 +12,13 @@ from torch import Tensor
 
 from model import CausalLM, ModelConfig, count_parameters, head_rows, initialize
 from smollm import distributed, fault_injection, hardware, ranks
+from smollm.config import GRADIENT_CHECKPOINTING
 from smollm.errors import ResourceError
-from smollm.training.optimizer import OPTIMIZER_BYTES
+from smollm.training.optimizer import OPTIMIZER_BYTES, micro_batches
 
 if TYPE_CHECKING:
     from smollm.training.run import Run
 
-MODES = ("none", "selective", "full")
 # Tokens of a micro-batch below which gradient checkpointing is tried first: matrix products of
 # fewer rows leave a GPU idle, which costs more than computing activations twice.
 LEAST_TOKENS = 16_384
@@ -76,9 +76,8 @@ def peak_bytes(
         "selective": 2 * width + 2 * inner,
         "full": whole + (2 * inner - width if compiled else inner),
     }[checkpointing]
-    head = 2 * width + (itemsize * vocabulary if compiled else 12 * model.vocab_size)
-    if compiled and checkpointing != "none":
-        head += width
+    hidden = 3 if compiled and checkpointing != "none" else 2
+    head = hidden * width + (itemsize * vocabulary if compiled else 12 * model.vocab_size)
     # Weights in the compute dtype: all of them are kept for the backward pass, or the head's.
     casts = parameters if checkpointing == "none" else 2 * vocabulary * model.hidden_size
     # Weights and optimizer; gradients, which are whole until the last micro-batch is reduced.
@@ -101,9 +100,10 @@ def rungs(start: Setting, sequences: int, sequence_length: int) -> list[Setting]
         start: what the configuration asks for.
         sequences: of a step on one process; each micro-batch divides them.
     """
-    sizes = [size for size in range(start.micro_batch, 0, -1) if sequences % size == 0]
+    sizes = micro_batches(start.micro_batch, sequences)
     large = [size for size in sizes if size * sequence_length >= LEAST_TOKENS] or sizes[:1]
-    modes = MODES[MODES.index(start.gradient_checkpointing) :]
+    least = GRADIENT_CHECKPOINTING.index(start.gradient_checkpointing)
+    modes = GRADIENT_CHECKPOINTING[least:]
     return [
         *(Setting(size, modes[0]) for size in large),
         *(Setting(large[-1], mode) for mode in modes[1:]),

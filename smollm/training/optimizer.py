@@ -144,6 +144,6 @@ def micro_batch_size(config: Config, world_size: int) -> int:
     return batch // parts
 
 
-def smaller_micro_batch(micro_batch: int, sequences: int) -> int | None:
-    """The largest divisor of `sequences` up to half of a micro-batch; None below one sequence."""
-    return next((size for size in range(micro_batch // 2, 0, -1) if sequences % size == 0), None)
+def micro_batches(largest: int, sequences: int) -> list[int]:
+    """The sizes up to `largest` that divide a step's sequences, the largest first."""
+    return [size for size in range(largest, 0, -1) if sequences % size == 0]

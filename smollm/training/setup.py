@@ -17,7 +17,14 @@ from smollm.config import Config, to_dict
 from smollm.data import token_cache
 from smollm.data.batches import Position, TokenDataset
 from smollm.data.token_cache import Corpus
-from smollm.errors import ConfigError, InputError, ResourceError, UserError, is_memory_full
+from smollm.errors import (
+    ConfigError,
+    InputError,
+    ResourceError,
+    UserError,
+    first_line,
+    is_memory_full,
+)
 from smollm.hardware import Hardware
 from smollm.tracking import wandb_run
 from smollm.tracking.tracker import Tracker, code_files, start_logging
@@ -77,7 +84,7 @@ def _errors_reported(run: Run) -> Iterator[None]:
             said = ResourceError(
                 f"step {run.progress.step + 1}: the {which}'s memory is full; halve "
                 "training.batch_size and double training.gradient_accumulation_steps, or set "
-                f"training.gradient_checkpointing=full ({[*str(error).splitlines(), ''][0]})"
+                f"training.gradient_checkpointing=full ({first_line(error)})"
             )
         if isinstance(said, UserError):
             run.job.stop.deferred = True  # torchrun's SIGTERM must not change the exit code now

@@ -221,8 +221,8 @@ def test_gradient_checkpointing_and_smaller_micro_batches_keep_the_gradients(
         torch.testing.assert_close(one.grad, two.grad, atol=1e-6, rtol=1e-4)
 
 
-def test_smaller_micro_batches() -> None:
-    """The largest divisor up to the half; none below one sequence."""
-    found = [optimizer.smaller_micro_batch(size, 96) for size in (48, 24, 6, 3, 2, 1)]
-    assert found == [24, 12, 3, 1, 1, None]
-    assert optimizer.smaller_micro_batch(5, 5) == 1
+def test_the_sizes_of_micro_batches() -> None:
+    """The divisors of a step's sequences from the configured size down to one."""
+    assert optimizer.micro_batches(48, 96) == [48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1]
+    assert optimizer.micro_batches(5, 5) == [5, 1]
+    assert optimizer.micro_batches(1, 96) == [1]
