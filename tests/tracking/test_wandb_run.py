@@ -321,6 +321,7 @@ def test_a_server_that_dies_half_way(reference: Path, tmp_path: Path, returns: b
         if returns:
             time.sleep(2)
             again = ThreadingHTTPServer(server.server_address, handler)
+            again.handle_error = server.handle_error
             threading.Thread(target=again.serve_forever, daemon=True).start()
 
     threading.Thread(target=server.serve_forever, daemon=True).start()
