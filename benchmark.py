@@ -45,7 +45,7 @@ if __name__ == "__main__":  # PYTHONSAFEPATH leaves the script's folder out
 
 from smollm import cli
 from smollm.config import Config, to_dict
-from smollm.data import documents
+from smollm.data import files
 from smollm.errors import ConfigError, UserError
 from smollm.signals import StopSignals
 
@@ -259,11 +259,7 @@ def _words(known: tuple[str, ...]) -> Callable[[str], list[str]]:
 def _parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser(description=__doc__)
     number, peers, parts = cli.positive_integer, _words((*PEERS, "none")), _words(MEASUREMENTS)
-    path, default = cli.path, Path("config.yaml")
-    parser.add_argument("--config", type=path, default=default, help="YAML file")
-    parser.add_argument(
-        "--input_file", type=cli.path, default=Path("input.txt"), help="to tokenize"
-    )
+    cli.add_inputs(parser)
     parser.add_argument("--steps", type=number, default=20, help="timed steps a round (20)")
     parser.add_argument("--warmup", type=number, default=3, help="steps before these (3)")
     parser.add_argument("--rounds", type=number, default=3, help="(3)")
@@ -282,7 +278,7 @@ def _parser() -> cli.ArgumentParser:
     return parser
 
 
-def _check(arguments: argparse.Namespace) -> None:
+def _check(arguments: argparse.Namespace, config: Config) -> None:
     """Raise ConfigError for what would otherwise fail after minutes."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("benchmark.py measures one process; start it without torchrun")
@@ -293,7 +289,13 @@ def _check(arguments: argparse.Namespace) -> None:
             "pip install -r requirements-dev.txt, or leave --peer out"
         )
     if "tokenize" in arguments.only:
-        documents.check_text_file(arguments.input_file)
+        given = [
+            path for source in files.find(config.data.input_files, print) for path in source.files
+        ]
+        if len(given) != 1 or files.kind_of(given[0]) != "text":
+            raise ConfigError(
+                "--input_file: benchmark.py tokenizes copies of one text file; name one"
+            )
     if arguments.json and arguments.json.is_dir():
         raise ConfigError(f"--json {arguments.json}: is a directory; name a file")
     if arguments.json and not arguments.json.parent.is_dir():
@@ -317,7 +319,7 @@ def _main() -> int:
         answer = WORKERS[arguments.worker](config, arguments)
         (arguments.scratch / "answer.json").write_text(json.dumps(answer), encoding="utf-8")
         return 0
-    _check(arguments)
+    _check(arguments, config)
     cache = Path(config.data.cache_dir)  # on the disk that training uses, not in a /tmp in memory
     cache.mkdir(parents=True, exist_ok=True)
     result: Result = {

@@ -51,9 +51,8 @@ def main(argv: list[str] | None = None) -> int:
                 cli.say(complete)
                 return 0
             job = Job(
-                config=resume.with_schedule_of(config, resume_from), phase=2,
-                input_file=arguments.input_file, save_dir=save_dir, log_dir=arguments.log_dir,
-                last=last, resume_from=resume_from, stop=stop,
+                config=resume.with_schedule_of(config, resume_from), phase=2, save_dir=save_dir,
+                log_dir=arguments.log_dir, last=last, resume_from=resume_from, stop=stop,
             )  # fmt: skip
             with open_run(job, held) as run:
                 train(run)

@@ -149,9 +149,8 @@ def main(argv: list[str] | None = None) -> int:
                 cli.say(complete)
                 return 0
             job = Job(
-                config=config, phase=1, input_file=arguments.input_file, save_dir=save_dir,
-                log_dir=log_dir, last=last, resume_from=resume_from, stop=stop,
-                dry_run=arguments.dry_run,
+                config=config, phase=1, save_dir=save_dir, log_dir=log_dir, last=last,
+                resume_from=resume_from, stop=stop, dry_run=arguments.dry_run,
             )  # fmt: skip
             with open_run(job, held) as run:
                 if not job.dry_run:

@@ -6,6 +6,7 @@
 #   ./train.sh
 #   ./train.sh --config config.yaml training.batch_size=24
 #   ./train.sh --input_file mine.txt --save_dir checkpoints-mine --log_dir logs-mine
+#   ./train.sh --input_file books --input_file 'web/*.jsonl.zst'        folders and quoted globs too
 #   DEBUG=1 ./train.sh                 with the debugging variables and tracebacks
 #
 # At 192 x 2048 = 393,216 tokens a step the default run sees 1.97 billion tokens.
@@ -17,16 +18,20 @@ start_directory=$PWD
 unset CDPATH # cd would go elsewhere, and print it
 cd "$(dirname "$(readlink -f "$0")")" || exit 1 # also through a link to this script
 
-config="" input_file=input.txt save_dir=checkpoints log_dir=logs
-overrides=()
-# Paths are relative to where the command was typed.
-absolute() { case $1 in /* | "~"*) echo "$1" ;; *) echo "$start_directory/$1" ;; esac; } # Python expands ~
+config="" save_dir=checkpoints log_dir=logs
+inputs=() overrides=()
+# Paths are relative to where the command was typed; URLs are none, and Python expands ~.
+absolute() { case $1 in /* | "~"* | *://*) echo "$1" ;; *) echo "$start_directory/$1" ;; esac; }
 while [ $# -gt 0 ]; do
     case $1 in
     --config | --input_file | --save_dir | --log_dir)
         [ $# -ge 2 ] || { echo "error: $1 needs a value" >&2; exit 2; }
         [ -n "$2" ] || { echo "error: $1: got an empty path" >&2; exit 2; }
-        declare "${1#--}=$(absolute "$2")"
+        if [ "$1" = --input_file ]; then
+            inputs+=(--input_file "$(absolute "$2")") # without it data.input_files serves
+        else
+            declare "${1#--}=$(absolute "$2")"
+        fi
         shift 2
         ;;
     --config=* | --input_file=* | --save_dir=* | --log_dir=*)
@@ -34,7 +39,8 @@ while [ $# -gt 0 ]; do
         ;;
     training.device=cpu) export GPU_DEVICES=none; overrides+=("$1"); shift ;; # as without a GPU
     tokenizer.source=gpt2 | tokenizer.source=train) overrides+=("$1"); shift ;;
-    tokenizer.source=* | data.cache_dir=*)
+    data.validation_file=null) overrides+=("$1"); shift ;;
+    tokenizer.source=* | data.cache_dir=* | data.validation_file=*)
         overrides+=("${1%%=*}=$(absolute "${1#*=}")")
         shift
         ;;
@@ -120,7 +126,7 @@ phase() {
     exit "$code"
 }
 
-common=(--config "$config" --input_file "$input_file" --save_dir "$save_dir" --log_dir "$log_dir")
+common=(--config "$config" ${inputs[@]+"${inputs[@]}"} --save_dir "$save_dir" --log_dir "$log_dir")
 phase train.py "${common[@]}" --resume auto ${overrides[@]+"${overrides[@]}"}
 phase continue_training.py "${common[@]}" ${overrides[@]+"${overrides[@]}"}
 echo "done: checkpoints in $save_dir, logs and plots in $log_dir;" \

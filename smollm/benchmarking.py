@@ -33,6 +33,8 @@ from smollm.checkpoint import huggingface, resume, store
 from smollm.config import Config
 from smollm.data import token_cache, tokenizer
 from smollm.data.documents import SEPARATOR
+from smollm.data.shards import Tokens
+from smollm.data.token_cache import Part
 from smollm.errors import UserError
 from smollm.signals import StopSignals
 from smollm.training import setup
@@ -98,14 +100,14 @@ def _run(
     count = max(min(needed, 1 << 26), config.data.sequence_length + 1)
     dtype = np.uint16 if rows <= 1 << 16 else np.uint32
     tokens = np.random.default_rng(config.training.seed).integers(0, rows, count, dtype)
-    corpus = token_cache.Corpus(
-        tokens, tokens[:1024], tokenizer.learn(["a text"], 258), 1, {"text_bytes": 0}
-    )
     directory.mkdir(exist_ok=True)
-    job = Job(
-        config, 1, Path("random"), directory, directory, last, resume_from, StopSignals(),
-        dry_run=not saves,
+    np.save(path := directory / "tokens.npy", tokens)
+    train, validation = (Tokens([(path, 0, size)]) for size in (count, min(count, 1024)))
+    corpus = token_cache.Corpus(
+        train, (Part("random", train, validation),), tokenizer.learn(["a text"], 258), 1, 0,
+        {"text_bytes": 0},
     )  # fmt: skip
+    job = Job(config, 1, directory, directory, last, resume_from, StopSignals(), dry_run=not saves)
     logger = logging.getLogger("benchmark")
     logger.setLevel(logging.INFO)
     logger.handlers = [logging.StreamHandler(sys.stderr)]
@@ -222,17 +224,17 @@ def resume_ours(config: Config, arguments: argparse.Namespace) -> Result:
     }
 
 
-def _body(arguments: argparse.Namespace) -> bytes:
+def _body(config: Config) -> bytes:
     """The input, ended as a document; the text to tokenize is copies of it."""
-    return arguments.input_file.read_bytes() + f"\n{SEPARATOR}\n".encode()
+    return Path(config.data.input_files[0]).read_bytes() + f"\n{SEPARATOR}\n".encode()
 
 
 def make_text(config: Config, arguments: argparse.Namespace) -> Result:
     """Write the text to tokenize and the tokenizer to use."""
     short = dataclasses.replace(config, data=dataclasses.replace(config.data, sequence_length=1))
-    corpus = token_cache.prepare(short, arguments.input_file, log=lambda line: None)
+    corpus = token_cache.prepare(short, log=lambda line: None)
     (arguments.scratch / "tokenizer.json").write_text(corpus.tokenizer.to_str(), encoding="utf-8")
-    body = _body(arguments)
+    body = _body(config)
     with open(arguments.scratch / "text.txt", "wb") as file:
         for _ in range(-(-arguments.text_mb * 1_000_000 // len(body))):
             file.write(body)
@@ -249,14 +251,13 @@ def tokenize_ours(config: Config, arguments: argparse.Namespace) -> Result:
     """From the text to verified token files, in an empty cache."""
     tokenizer_json = (arguments.scratch / "tokenizer.json").read_text("utf-8")
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as cache:
-        parts = dataclasses.replace(config.data, cache_dir=cache)
+        text = str(arguments.scratch / "text.txt")
+        data = dataclasses.replace(config.data, cache_dir=cache, input_files=(text,))
         began = time.perf_counter()
-        text = arguments.scratch / "text.txt"
         corpus = token_cache.prepare(
-            dataclasses.replace(config, data=parts), text, tokenizer_json, lambda line: None
+            dataclasses.replace(config, data=data), tokenizer_json, lambda line: None
         )
-        seconds = time.perf_counter() - began
-        return _tokenized(seconds, len(corpus.train) + len(corpus.validation), arguments)
+        return _tokenized(time.perf_counter() - began, corpus.tokens, arguments)
 
 
 def _prompts(config: Config) -> tuple[list[list[int]], int]:
@@ -306,7 +307,7 @@ def generate_ours(config: Config, arguments: argparse.Namespace) -> Result:
 def tokenize_plain(config: Config, arguments: argparse.Namespace) -> Result:
     """Tokenizer.encode_batch over the same documents; nothing but its own time counts."""
     plain = Tokenizer.from_str((arguments.scratch / "tokenizer.json").read_text("utf-8"))
-    body = _body(arguments)
+    body = _body(config)
     documents = body.decode("utf-8").split(f"{SEPARATOR}\n")
     copies = (arguments.scratch / "text.txt").stat().st_size // len(body)
     together = max(1, PLAIN_BATCH // len(body))

@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from smollm import ranks, signals
 from smollm.config import LAST_STEP, Config
@@ -78,12 +79,16 @@ def path(word: str) -> Path:
         raise argparse.ArgumentTypeError(f"got {word!r}: there is no such home") from error
 
 
+def source(word: str) -> str:
+    """An argparse type: a file, a folder, a glob or a URL, as text."""
+    return word if "://" in word else str(path(word))
+
+
 def training_parser(description: str) -> ArgumentParser:
     """A parser with the flags that both phases of training have."""
     parser = ArgumentParser(description=description)
+    add_inputs(parser)
     for name, default, meaning in (
-        ("--config", "config.yaml", "YAML file"),
-        ("--input_file", "input.txt", "UTF-8 text"),
         ("--save_dir", "checkpoints", "checkpoints, of one run"),
         ("--log_dir", "logs", "metrics, logs, plots and samples, of one run"),
     ):
@@ -91,6 +96,18 @@ def training_parser(description: str) -> ArgumentParser:
     parser.add_argument("--train_steps", metavar="N", help="optimizer steps of this phase")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     return parser
+
+
+def add_inputs(parser: ArgumentParser) -> None:
+    """Add the flags that name the configuration and the text."""
+    parser.add_argument(
+        "--config", type=path, default=Path("config.yaml"), help="YAML file (config.yaml)"
+    )
+    parser.add_argument(
+        "--input_file", type=source, action="append", metavar="FILE",
+        help="a text, JSON lines, Parquet or CSV file, a folder or a quoted glob of such; may be "
+        "given several times (data.input_files)",
+    )  # fmt: skip
 
 
 def parse(
@@ -109,11 +126,14 @@ def parse(
     arguments, unknown = parser.parse_known_intermixed_args(argv)
     words = [word for word in arguments.overrides if not word.startswith("-")]
     unknown += [word for word in arguments.overrides if word.startswith("-")]
+    flags: dict[str, tuple[str, Any]] = {}
     if steps_key and arguments.train_steps is not None:
-        words.append(f"training.{steps_key}={arguments.train_steps}")
+        flags["--train_steps"] = (f"training.{steps_key}", arguments.train_steps)
+    if arguments.input_file:
+        flags["--input_file"] = ("data.input_files", arguments.input_file)
     problems = [f"command line: unknown flag {word}" for word in unknown]
     try:
-        config = load(arguments.config, words)
+        config = load(arguments.config, words, flags)
     except ConfigError as error:
         problems += error.problems
     if problems:

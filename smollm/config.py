@@ -54,8 +54,13 @@ class TokenizerConfig:
 class DataConfig:
     """How the text becomes windows of tokens."""
 
+    input_files: tuple[str, ...] = _setting(("input.txt",), is_path=True)
+    text_key: str = _setting("text")
+    max_bad_rows: int = _setting(0, 0, 2**40)
     sequence_length: int = _setting(2048, 1, 2**20)
+    validation_file: str | None = _setting(None, is_path=True)
     validation_fraction: float = _setting(0.05, 1e-4, 0.5)
+    validation_tokens: int = _setting(10_000_000, 2, 2**40)
     cache_dir: str = _setting(".cache", is_path=True)
     allow_changed_input: bool = _setting(False)
 

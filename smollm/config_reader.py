@@ -38,12 +38,18 @@ _LARGEST_FILE = 100_000  # bytes
 _MOST_PROBLEMS = 100  # of one file; it is hardly a configuration then
 
 
-def load(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read a configuration file and overrides into a checked Config.
+def load(
+    path: str | Path,
+    overrides: list[str] | None = None,
+    flags: dict[str, tuple[str, Any]] | None = None,
+) -> Config:
+    """Read a configuration file, overrides and flags into a checked Config.
 
     Args:
         path: a YAML file; it may name any subset of the keys.
         overrides: words `section.key=value`, which win over the file.
+        flags: by the name of a flag, the `section.key` that it stands for and the text, or texts,
+            that were given; they win over both.
 
     Raises:
         ConfigError: with every problem of the file, of the overrides and between keys.
@@ -56,6 +62,8 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         reader.problems += error.problems
         readable = False
     reader.read_overrides(overrides or [])
+    for flag, (key, value) in (flags or {}).items():
+        reader.set(flag, *key.split("."), value)
     config = Config(**{name: kind(**reader.values[name]) for name, kind in sections().items()})
     # A default that stands in for a value that was refused must not conflict with the others.
     problems = reader.problems + [
@@ -155,7 +163,7 @@ def _parse(field: dataclasses.Field, kind: Any, value: Any) -> Any:
     if item in (int, float) and not all(math.isfinite(n) and low <= n <= high for n in results):
         raise ValueError(value)
     if field.metadata["is_path"]:
-        results = [os.path.expanduser(text) for text in results]  # `~`, as in a shell
+        results = [text and os.path.expanduser(text) for text in results]  # `~`, as in a shell
     if choices:
         results = [text.lower() for text in results]
         if results[0] not in choices:

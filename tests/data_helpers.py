@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import ROOT, SHARED, limit
 from tokenizers import Tokenizer
@@ -28,11 +30,13 @@ BODY = "".join(f"Line {i} of a text, with words in it; {i * i} is a square.\n" f
 
 
 def prepare(
-    config: Config, path: Path, log: Callable = lambda line: None, seconds: float = 30
-) -> Corpus:
-    """data.prepare, which must end within `seconds`."""
+    config: Config, *paths: Path | str, log: Callable = lambda line: None, seconds: float = 30,
+    tokenizer_json: str | None = None,
+) -> Corpus:  # fmt: skip
+    """token_cache.prepare of these sources, which must end within `seconds`."""
+    data = dataclasses.replace(config.data, input_files=tuple(map(str, paths)))
     with limit(seconds):
-        return token_cache.prepare(config, path, log=log)
+        return token_cache.prepare(dataclasses.replace(config, data=data), tokenizer_json, log)
 
 
 def write(tmp_path: Path, content: str | bytes) -> Path:
@@ -42,17 +46,25 @@ def write(tmp_path: Path, content: str | bytes) -> Path:
     return path
 
 
+def held_out(corpus: Corpus) -> np.ndarray:
+    """The held-out tokens of all sources."""
+    return np.concatenate([np.asarray(part.validation) for part in corpus.parts])
+
+
 def tokens_of(corpus: Corpus) -> list[int]:
     """Every token of a corpus, the training part first."""
-    return [*corpus.train.tolist(), *corpus.validation.tolist()]
+    return [*np.asarray(corpus.train).tolist(), *held_out(corpus).tolist()]
 
 
 def split(text: str) -> list[str | None]:
-    """The specification of how a text splits: documents, and None for each separator line."""
+    """The specification of how a text splits: documents, and None where one is ended.
+
+    Empty documents are left out.
+    """
     items, document = [], ""
     for line in re.findall(r"[^\n]*\n|[^\n]+\Z", text):
         if line.removesuffix("\n") == SEPARATOR:
-            items += [document, None] if document else [None]
+            items += [document, None] if document else []
             document = ""
         else:
             document += line
@@ -60,8 +72,10 @@ def split(text: str) -> list[str | None]:
 
 
 def reference_tokens(text: str, tokenizer: Tokenizer, end: str = SEPARATOR) -> list[int]:
-    """The tokens that a text must become: each whole document encoded at once."""
+    """The tokens that a text must become: each whole document encoded at once, as mere text."""
     result = []
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    tokenizer.encode_special_tokens = True
     for document in split(text):
         if document is None:
             result.append(tokenizer.token_to_id(end))
@@ -76,9 +90,11 @@ from smollm import cli, config_reader
 from smollm.data import token_cache
 
 def main():
-    config = config_reader.load(sys.argv[1], sys.argv[3:])
-    corpus = token_cache.prepare(config, pathlib.Path(sys.argv[2]))
-    digest = hashlib.sha256(corpus.train.tobytes() + corpus.validation.tobytes()).hexdigest()
+    inputs = {"--input_file": ("data.input_files", [sys.argv[2]])}
+    config = config_reader.load(sys.argv[1], sys.argv[3:], inputs)
+    corpus = token_cache.prepare(config)
+    tokens = corpus.train[:].tobytes() + corpus.parts[0].validation[:].tobytes()
+    digest = hashlib.sha256(tokens).hexdigest()
     print("tokens", digest, corpus.fingerprint["tokenizer_sha256"])
     return 0
 

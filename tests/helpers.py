@@ -95,11 +95,12 @@ def random_batch(rows: int) -> tuple[Tensor, Tensor]:
 def tiny_job(directory: Path, *overrides: str, last: int = 12) -> Job:
     """A job of phase 1 with the tiny configuration, as train.py makes one."""
     write_tiny(directory)
-    config = load(directory / "tiny.yaml", [f"data.cache_dir={directory / 'cache'}", *overrides])
+    paths = [f"data.cache_dir={directory / 'cache'}", f"data.input_files=[{directory}/text.txt]"]
+    config = load(directory / "tiny.yaml", [*paths, *overrides])
     save_dir, log_dir = directory / "run/checkpoints", directory / "run/logs"
     for path in (save_dir, log_dir):
         path.mkdir(parents=True)
-    return Job(config, 1, directory / "text.txt", save_dir, log_dir, last, None, StopSignals())
+    return Job(config, 1, save_dir, log_dir, last, None, StopSignals())
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -115,8 +116,9 @@ def environment(**extra: str) -> dict[str, str]:
 
 def command(script: str, *arguments: str, run: str = "run") -> list[str]:
     """The command line of train.py or continue_training.py with the tiny configuration."""
+    text = [] if "--input_file" in arguments else ["--input_file", "text.txt"]
     return [
-        sys.executable, str(ROOT / script), "--config", "tiny.yaml", "--input_file", "text.txt",
+        sys.executable, str(ROOT / script), "--config", "tiny.yaml", *text,
         "--save_dir", f"{run}/checkpoints", "--log_dir", f"{run}/logs", *arguments,
     ]  # fmt: skip
 

@@ -129,7 +129,7 @@ def is_of(save_dir: Path, directory: Path) -> bool:
 def changed_input(fingerprint: dict[str, Any], saved: store.Checkpoint) -> list[str]:
     """What differs between two inputs: of the text, the tokenizer and the split."""
     before = saved.trainer_state.get("data", {})
-    later = {"tokens_sha256"}  # that earlier checkpoints do not have
+    later = {"tokens"}  # that earlier checkpoints do not have
     keys = [key for key in fingerprint if key in before or key not in later]
     return [key for key in keys if before.get(key) != fingerprint[key]]
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from smollm.data.shards import Tokens
 from smollm.randomness import derive_seed
 
 
@@ -30,7 +31,7 @@ class TokenDataset:
     none, and which ones changes with every epoch.
 
     Args:
-        tokens: (N,) the training tokens, N > sequence_length.
+        tokens: (N,) the training tokens, N > sequence_length: an array, or shards.Tokens.
         sequence_length: T, the tokens predicted in a window.
         sequences_per_step: windows in one optimizer step, over all processes.
         seed: of the order.
@@ -38,7 +39,7 @@ class TokenDataset:
     """
 
     def __init__(
-        self, tokens: np.ndarray, sequence_length: int, sequences_per_step: int, seed: int,
+        self, tokens: np.ndarray | Tokens, sequence_length: int, sequences_per_step: int, seed: int,
         start: Position = Position(),
     ) -> None:  # fmt: skip
         self.tokens = tokens
@@ -81,17 +82,24 @@ class TokenDataset:
         """
         count = self.sequences_per_step // world_size
         first = self._consumed(step - 1) + rank * count
-        starts = np.empty(count, dtype=np.int64)
-        for row, number in enumerate(range(first, first + count)):
+        windows = []
+        for number in range(first, first + count):
             epoch, window = divmod(number, self.windows_per_epoch)
-            starts[row] = self._epoch_starts(epoch)[window]
-        span = np.arange(self.sequence_length + 1)
-        windows = self.tokens[(starts[:, None] + span) % len(self.tokens)]
-        return windows[:, :-1], windows[:, 1:]
+            windows.append(self._window(int(self._epoch_starts(epoch)[window])))
+        rows = np.stack(windows)
+        return rows[:, :-1], rows[:, 1:]
+
+    def _window(self, start: int) -> np.ndarray:
+        """The sequence_length + 1 tokens from a place in the ring on."""
+        stop = start + self.sequence_length + 1
+        window = self.tokens[start:stop]
+        if stop > len(self.tokens):
+            window = np.concatenate([window, self.tokens[: stop - len(self.tokens)]])
+        return window
 
 
 def validation_batches(
-    tokens: np.ndarray,
+    tokens: np.ndarray | Tokens,
     sequence_length: int,
     batch_size: int,
     ignore_index: int,

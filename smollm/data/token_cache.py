@@ -1,78 +1,104 @@
-"""Tokens on disk, made once: memory-mapped .npy files in `data.cache_dir`.
+"""From the files of an input to a Corpus: tokens on disk, made once, in `data.cache_dir`.
 
-Each directory of the cache is named by a hash of what it was made from, and is whole or not there
-(atomic.py): `tokens-<key>` holds a tokenized text, `tokenizer-<key>` a tokenizer learned from one.
-The text is read, tokenized and written as a stream on all cores.
+    tokens-<key>/       the tokens of one file with one tokenizer (shards.py)
+    tokenizer-<key>/    a tokenizer that was learned from a text
+    hashes.json         the sha256 of files that did not change since
+
+Each is named by a hash of what it was made from, and is whole or not there (atomic.py).
 """
 
 import contextlib
 import errno
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tokenizers import Tokenizer
 
-from smollm import atomic, fault_injection
+from smollm import atomic
 from smollm.config import Config
-from smollm.data import documents, tokenizer
-from smollm.data.documents import Piece, Scan, Text
+from smollm.data import files, heldout, learning, parallel, shards, tokenizer
+from smollm.data.documents import SEPARATOR
+from smollm.data.files import Source
+from smollm.data.hashes import Hashes, Identity, identity
+from smollm.data.parallel import Progress, Task
+from smollm.data.shards import FileTokens, Shard, Tokens, key
+from smollm.data.sources import Reader, refusal
 from smollm.data.tokenizer import Log
 from smollm.errors import InputError
 
-FORMAT = 2  # of the cache; 1 kept byte-order marks inside of a text
-TRAIN, VALIDATION, COUNTS = "train.npy", "validation.npy", "counts.json"
-BATCH = 4 * 1024 * 1024  # characters handed to the tokenizer at once
+VERIFIED = 256_000_000  # bytes of tokens up to which every start reads them to verify them
+
+
+@dataclass(frozen=True)
+class Part:
+    """The tokens of one source."""
+
+    name: str  # as it was given
+    train: Tokens
+    validation: Tokens  # empty where data.validation_file is the held-out text
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A tokenized text: what training reads."""
+    """A tokenized input: what training reads."""
 
-    train: np.ndarray  # (tokens,) uint16 or uint32, memory-mapped
-    validation: np.ndarray  # the same, of the held-out part
+    train: Tokens  # of all sources, one after the other
+    parts: tuple[Part, ...]  # one for each source, and one for data.validation_file
     tokenizer: Tokenizer
     documents: int
+    text_bytes: int  # of the documents' texts, in UTF-8
     fingerprint: dict[str, Any]  # of the text, the tokenizer and the split
+
+    @property
+    def held_out(self) -> list[Part]:
+        """The parts with held-out tokens."""
+        return [part for part in self.parts if len(part.validation)]
+
+    @property
+    def tokens(self) -> int:
+        """All tokens, held out or not."""
+        return len(self.train) + sum(len(part.validation) for part in self.parts)
 
     def conservation(self) -> str:
         """The line that shows that no token was dropped."""
-        read = len(self.train) + len(self.validation)
         documents = "1 document" if self.documents == 1 else f"{self.documents:,} documents"
         return (
-            f"{self.fingerprint['text_bytes']:,} bytes, {documents}, {read:,} tokens "
-            f"= {len(self.train):,} train + {len(self.validation):,} validation"
+            f"{self.fingerprint['text_bytes']:,} bytes, {documents}, {self.tokens:,} tokens "
+            f"= {len(self.train):,} train + {self.tokens - len(self.train):,} validation"
         )
 
 
 def prepare(
-    config: Config, path: Path, tokenizer_json: str | None = None, log: Log = print
+    config: Config,
+    tokenizer_json: str | None = None,
+    log: Log = print,
+    workers: int | None = None,
 ) -> Corpus:
-    """Tokenize a text, or find it tokenized already.
+    """Tokenize what `data.input_files` names, or find it tokenized already.
 
     Args:
-        path: the text (UTF-8).
         tokenizer_json: a checkpoint's tokenizer, which then wins over tokenizer.source.
         log: takes a line for people.
+        workers: see `parallel.tokenize`.
 
     Raises:
-        InputError: the text or the tokenizer cannot be used, or the text is too short.
+        InputError: a file or the tokenizer cannot be used, or the text is too short.
     """
-    documents.check_text_file(path)
-    cache = Path(config.data.cache_dir)
+    data, cache = config.data, Path(config.data.cache_dir)
+    validation = [data.validation_file] if data.validation_file else []
+    sources = files.find([*data.input_files, *validation], log)
     try:
         with _locked(cache, log):
-            corpus = _prepare(config, path, tokenizer_json, log)
+            corpus = _prepare(config, sources, tokenizer_json, log, workers)
     except OSError as error:
         raise InputError(
-            f"data.cache_dir {cache}: {error.strerror or error} ({error.filename or path}); make "
-            "room there or name another directory"
+            f"data.cache_dir {cache}: {error.strerror or error} ({error.filename or 'there'}); "
+            "make room there or name another directory; what is tokenized stays"
         ) from error
-    _check_length(corpus, config, path)
+    _check_length(corpus, config)
     return corpus
 
 
@@ -91,128 +117,93 @@ def _locked(cache: Path, log: Log) -> Iterator[None]:
         yield
 
 
-def _prepare(config: Config, path: Path, tokenizer_json: str | None, log: Log) -> Corpus:
+def _prepare(
+    config: Config, sources: list[Source], tokenizer_json: str | None, log: Log,
+    workers: int | None,
+) -> Corpus:  # fmt: skip
     """The corpus from the cache, where what is missing or damaged is made first."""
-    text = Text(path)
-
-    @functools.cache
-    def scan() -> Scan:
-        report = documents.progress(text, "reading", log)
-        return documents.scan(path, config.data.validation_fraction, report)
-
-    cache = Path(config.data.cache_dir)
-    if tokenizer_json is not None:
-        chosen = tokenizer.parse(tokenizer_json, "the checkpoint's tokenizer.json", log)
-    elif config.tokenizer.source == "gpt2":
-        chosen = tokenizer.fetch_gpt2(cache)
-    elif config.tokenizer.source == "train":
-        chosen = _learned_tokenizer(config, text, scan)
-    else:
-        chosen = tokenizer.read(config.tokenizer.source, log)
+    hashes = Hashes(Path(config.data.cache_dir))
+    hashed = _hash(sources, hashes, log)
+    chosen = _choose_tokenizer(config, sources, hashed, tokenizer_json, log)
     _check_vocabulary(chosen, config, log)
-    fingerprint = {
-        "text_sha256": text.sha256,
-        "text_bytes": text.bytes,
-        "tokenizer_sha256": sha256(chosen.to_str().encode()).hexdigest(),
-        "validation_fraction": config.data.validation_fraction,
-    }
-    directory = cache / f"tokens-{_key(FORMAT, sorted(fingerprint.items()))}"
-    wrong = atomic.problem(directory, (COUNTS,))
-    if wrong:
-        if directory.exists():
-            log(f"{directory}: {wrong}; tokenizing again")
-        _tokenize(text, chosen, scan(), directory, log)
-    sealed = atomic.read_json(directory / atomic.MANIFEST)["files"]
-    fingerprint["tokens_sha256"] = _key(sealed[TRAIN]["sha256"], sealed[VALIDATION]["sha256"])
-    train, validation = (np.load(directory / name, mmap_mode="r") for name in (TRAIN, VALIDATION))
-    count = atomic.read_json(directory / COUNTS)["documents"]
-    return Corpus(train, validation, chosen, count, fingerprint)
+    found = _tokens_of_files(config, hashed, chosen, hashes, log, workers)
+    with contextlib.suppress(PermissionError):
+        hashes.save()
+    _check_rows(found, config.data.max_bad_rows, log)
+    return _corpus(config, sources, hashed, found, chosen)
 
 
-def _key(*made_from: Any) -> str:
-    return sha256(repr(made_from).encode()).hexdigest()[:24]
+@dataclass(frozen=True)
+class _Hashed:
+    """A file as it was when it was hashed."""
+
+    identity: Identity
+    sha256: str
 
 
-def _learned_tokenizer(config: Config, text: Text, scan: Callable[[], Scan]) -> Tokenizer:
+def _hash(sources: list[Source], hashes: Hashes, log: Log) -> dict[Path, _Hashed]:
+    """The hash of each file, remembered or new."""
+    found, done = {}, 0
+    paths = [path for source in sources for path in source.files]
+    identities = {}
+    for path in paths:
+        with files.reading(path):
+            identities[path] = identity(path)
+    with Progress("reading", sum(i.size for i in identities.values()), log) as progress:
+        for path in paths:
+            with files.reading(path):
+                found[path] = _Hashed(identities[path], hashes.sha256(path))
+            done += identities[path].size
+            progress.update(done)
+    return found
+
+
+def _reader(config: Config, path: Path, hashed: dict[Path, _Hashed]) -> Reader:
+    data = config.data
+    kind = files.kind_of(path)
+    return Reader(path, hashed[path].identity, kind, data.text_key, data.max_bad_rows)
+
+
+# --- the tokenizer -------------------------------------------------------------------------------
+
+
+def _choose_tokenizer(
+    config: Config, sources: list[Source], hashed: dict[Path, _Hashed],
+    tokenizer_json: str | None, log: Log,
+) -> Tokenizer:  # fmt: skip
+    """The tokenizer that the configuration or a checkpoint asks for."""
+    if tokenizer_json is not None:
+        return tokenizer.parse(tokenizer_json, "the checkpoint's tokenizer.json", log)
+    if config.tokenizer.source == "gpt2":
+        return tokenizer.fetch_gpt2(Path(config.data.cache_dir))
+    if config.tokenizer.source == "train":
+        return _learned_tokenizer(config, sources, hashed, log)
+    return tokenizer.read(config.tokenizer.source, log)
+
+
+def _learned_tokenizer(
+    config: Config, sources: list[Source], hashed: dict[Path, _Hashed], log: Log
+) -> Tokenizer:
     """A tokenizer learned from the training part of the text, or the cached one."""
-    key = _key(text.sha256, config.model.vocab_size, config.data.validation_fraction, FORMAT)
-    directory = Path(config.data.cache_dir) / f"tokenizer-{key}"
+    data, fraction = config.data, config.data.validation_fraction
+    if data.validation_file:
+        sources, fraction = sources[:-1], 0.0
+    texts = [[hashed[path].sha256 for path in source.files] for source in sources]
+    name = key(texts, data.text_key, config.model.vocab_size, fraction, shards.FORMAT)
+    cache = Path(data.cache_dir)
+    directory = cache / f"tokenizer-{name}"
     if atomic.problem(directory, (tokenizer.FILE,)):
-        parts = documents.split_pieces(text.path, scan().cut)
-        texts = (part.text for part in parts if not (part.is_separator or part.held_out))
+        if any(cache.glob("tokenizer-*")):
+            log(
+                "tokenizer.source train: this text is new or was changed, so a tokenizer is "
+                "learned from it, and all of it is tokenized with that"
+            )
+        readers = [[_reader(config, path, hashed) for path in source.files] for source in sources]
+        texts = learning.training_texts(readers, fraction, log)
         learned = tokenizer.learn(texts, config.model.vocab_size)
-        text.require_unchanged()
         tokenizer.publish(learned.to_str(), directory)
     path = directory / tokenizer.FILE
     return tokenizer.parse(atomic.read_text(path), str(path))
-
-
-class _TokenWriter:
-    """Writes a one-dimensional .npy file whose length is known only at the end."""
-
-    def __init__(self, path: Path, dtype: np.dtype) -> None:
-        self.file = open(path, "wb")  # noqa: SIM115 (closed by close)
-        self.dtype, self.count = np.dtype(dtype), 0
-        self._write_header()
-
-    def _write_header(self) -> None:
-        # NumPy pads the header so that it can be rewritten in place when the length has grown.
-        header = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.count,)}
-        self.file.seek(0)
-        np.lib.format.write_array_header_1_0(self.file, header)
-
-    def write(self, tokens: list[int]) -> None:
-        """Append tokens."""
-        self.file.write(np.asarray(tokens, dtype=self.dtype).tobytes())
-        self.count += len(tokens)
-
-    def close(self) -> None:
-        """Finish the header and the file."""
-        self._write_header()
-        self.file.close()
-
-
-def _tokenize(text: Text, chosen: Tokenizer, scan: Scan, final: Path, log: Log) -> None:
-    """Tokenize the text as a stream into the two token files of the directory `final`."""
-    if scan.inside:
-        count = "1 document" if scan.documents == 1 else f"{scan.documents:,} documents"
-        log(
-            f"{text.path}: {count}; {scan.inside:,} lines contain the separator "
-            f"{documents.SEPARATOR}, but not alone: they divide nothing"
-        )
-    small = tokenizer.size(chosen) <= 2**16
-    dtype = np.dtype(np.uint16 if small else np.uint32)
-    temporary = atomic.temporary_directory(final)
-    # At most one token a byte; a byte-level BPE makes far fewer, so ask for room for half of that.
-    atomic.require_space(temporary, text.bytes * dtype.itemsize // 2)
-    writers = [_TokenWriter(temporary / name, dtype) for name in (TRAIN, VALIDATION)]
-    end = tokenizer.end_token(chosen)
-    batch: list[Piece] = []
-
-    def write_batch() -> None:
-        texts = [piece.text for piece in batch if not piece.is_separator]
-        with tokenizer.errors_named("the tokenizer"):
-            encoded = iter(chosen.encode_batch_fast(texts, add_special_tokens=False))
-        for piece in batch:
-            writers[piece.held_out].write([end] if piece.is_separator else next(encoded).ids)
-        batch.clear()
-        fault_injection.point("cache.batch")
-
-    size = 0
-    longest = tokenizer.longest_piece(chosen)
-    report = documents.progress(text, "tokenizing", log)
-    for piece in documents.split_pieces(text.path, scan.cut, longest, report):
-        batch.append(piece)
-        size += len(piece.text)
-        if size >= BATCH or len(batch) >= 65536:
-            write_batch()
-            size = 0
-    write_batch()
-    for writer in writers:
-        writer.close()
-    atomic.write_json(temporary / COUNTS, {"documents": scan.documents})
-    text.require_unchanged()
-    atomic.publish(temporary, final, "cache")
 
 
 def _check_vocabulary(chosen: Tokenizer, config: Config, log: Log) -> None:
@@ -228,16 +219,134 @@ def _check_vocabulary(chosen: Tokenizer, config: Config, log: Log) -> None:
         log(f"the tokenizer has {entries:,} entries; {rows - entries:,} embedding rows stay unused")
 
 
-def _check_length(corpus: Corpus, config: Config, path: Path) -> None:
-    """The training part must hold a window, the held-out part a prediction."""
-    least = config.data.sequence_length + 1
+# --- the tokens ----------------------------------------------------------------------------------
+
+
+def _tokens_of_files(
+    config: Config, hashed: dict[Path, _Hashed], chosen: Tokenizer, hashes: Hashes, log: Log,
+    workers: int | None,
+) -> dict[Path, FileTokens]:  # fmt: skip
+    """The tokens of each file from the cache, where what is missing is tokenized first."""
+    cache, tokenizer_key = Path(config.data.cache_dir), key(chosen.to_str())
+    directories = {}
+    for path, file in hashed.items():
+        made_from = (shards.FORMAT, file.sha256, files.ending(path), config.data.text_key)
+        directories[path] = cache / f"tokens-{key(*made_from, tokenizer_key)}"
+    known = {directory: shards.read(directory) for directory in directories.values()}
+    whole = [found for found in known.values() if isinstance(found, FileTokens)]
+    width = 2 if tokenizer.size(chosen) <= 2**16 else 4
+    size = width * sum(shard.tokens for found in whole for shard in found.shards)
+    tasks = {}
+    for path, directory in directories.items():
+        found = known[directory]
+        wrong = found if isinstance(found, str) else shards.problem(found, hashes, size > VERIFIED)
+        if wrong and directory not in tasks:
+            if not isinstance(found, str) or (directory / shards.FILE).exists():
+                log(f"{directory}: {wrong}; tokenizing again")
+            tasks[directory] = Task(_reader(config, path, hashed), directory)
+    if tasks:
+        _check_space(list(tasks.values()), cache, width)
+        made = parallel.tokenize(list(tasks.values()), chosen, workers, log)
+        for found in made.values():
+            for shard in found.shards:
+                for name, digest in shard.hashes.items():
+                    hashes.add(shard.directory / name, digest)
+        known.update(made)
+    return {path: known[directory] for path, directory in directories.items()}
+
+
+def _check_space(tasks: list[Task], cache: Path, width: int) -> None:
+    """There must be room for the tokens: of `width` bytes, some three bytes of text each."""
+    text = sum(
+        task.reader.identity.size * (4 if files.is_compressed(task.reader.path) else 1)
+        for task in tasks
+    )
+    atomic.require_space(cache, text * width // 3)
+
+
+def _check_rows(found: dict[Path, FileTokens], most: int, log: Log) -> None:
+    """Raise InputError where too many rows have no text; say what was left out."""
+    findings = {path: file.findings for path, file in found.items()}
+    bad = sum(file.bad_rows for file in findings.values())
+    empty = sum(file.empty for file in findings.values())
+    for path, file in findings.items():
+        if bad > most and file.bad_rows:
+            raise InputError(refusal(path, bad, file.first_bad, most))
+        if file.bad_rows:
+            log(f"{path}: {file.bad_rows:,} rows left out; the first: {file.first_bad}")
+        if file.inside:
+            log(
+                f"{path}: {file.inside:,} lines contain the separator {SEPARATOR}, but not alone: "
+                "they divide nothing"
+            )
+    if empty:
+        log(f"{empty:,} empty documents left out")
+
+
+# --- the corpus ----------------------------------------------------------------------------------
+
+
+def _corpus(
+    config: Config, sources: list[Source], hashed: dict[Path, _Hashed],
+    found: dict[Path, FileTokens], chosen: Tokenizer,
+) -> Corpus:  # fmt: skip
+    """The tokens of all files as one training part and the held-out parts."""
+    encoder = tokenizer.for_documents(chosen)
+    parts, made_of = [], []
+    for source in sources:
+        all_shards, tokens = _tokens_of_source(source, found)
+        cut = len(tokens)
+        if not config.data.validation_file:
+            cut = heldout.offset(all_shards, config.data.validation_fraction, encoder)
+        elif source is sources[-1]:
+            cut = 0
+        parts.append(Part(source.name, tokens.part(0, cut), tokens.part(cut, len(tokens))))
+        made_of.append(([shard.hashes[shards.TOKENS] for shard in all_shards], len(tokens), cut))
+    texts = [[hashed[path].sha256 for path in source.files] for source in sources]
+    is_one = len(hashed) == 1  # as fingerprints were when an input was one file
+    fingerprint = {
+        "text_sha256": texts[0][0] if is_one else key(texts),
+        "text_bytes": sum(file.identity.size for file in hashed.values()),
+        "tokenizer_sha256": sha256(chosen.to_str().encode()).hexdigest(),
+        "validation_fraction": config.data.validation_fraction,
+        "tokens": key(made_of),
+    }
+    every = [shard for path in hashed for shard in found[path].shards]
+    return Corpus(
+        train=Tokens(part for each in parts for part in each.train.parts),
+        parts=tuple(parts),
+        tokenizer=chosen,
+        documents=sum(shard.documents for shard in every),
+        text_bytes=sum(shard.bytes for shard in every),
+        fingerprint=fingerprint,
+    )
+
+
+def _tokens_of_source(source: Source, found: dict[Path, FileTokens]) -> tuple[list[Shard], Tokens]:
+    """The shards and the tokens of all files of a source.
+
+    Its last document gets no end-of-text where it is a text's that has no separator at its end.
+    """
+    in_order = [found[path] for path in source.files if found[path].shards]
+    every = [shard for file in in_order for shard in file.shards]
+    tokens = Tokens((shard.directory / shards.TOKENS, 0, shard.tokens) for shard in every)
+    is_open = bool(in_order) and in_order[-1].open_end
+    return every, tokens.part(0, len(tokens) - is_open)
+
+
+def _check_length(corpus: Corpus, config: Config) -> None:
+    """The training part must hold a window, each held-out part a prediction."""
+    least, given = config.data.sequence_length + 1, ", ".join(config.data.input_files)
     if len(corpus.train) < least:
         raise InputError(
-            f"{path}: has {len(corpus.train):,} training tokens, fewer than one window of "
+            f"{given}: has {len(corpus.train):,} training tokens, fewer than one window of "
             f"data.sequence_length + 1 = {least:,}; use a longer text or a shorter window"
         )
-    if len(corpus.validation) < 2:
-        raise InputError(
-            f"{path}: leaves {len(corpus.validation)} held-out tokens, and 2 are needed; use a "
-            "longer text or a larger data.validation_fraction"
-        )
+    of_file = config.data.validation_file is not None
+    for part in corpus.parts[-1:] if of_file else corpus.parts:
+        if len(part.validation) < 2:
+            larger = "" if of_file else " or a larger data.validation_fraction"
+            raise InputError(
+                f"{part.name}: leaves {len(part.validation)} held-out tokens, and 2 are needed; "
+                f"use a longer text{larger}"
+            )

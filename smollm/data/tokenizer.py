@@ -81,6 +81,16 @@ def size(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
+def for_documents(tokenizer: Tokenizer) -> Tokenizer:
+    """A copy that encodes what looks like a special token as ordinary text.
+
+    So no document can end itself: end-of-text is added by us, where a document ends.
+    """
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    copy.encode_special_tokens = True
+    return copy
+
+
 def longest_piece(tokenizer: Tokenizer) -> int | None:
     """None where a text may be cut between a word and a space without changing a token.
 

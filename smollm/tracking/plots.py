@@ -49,6 +49,10 @@ def _loss(train: list[Event], evaluations: list[Event]) -> Figure:
     axes.plot([e["step"] for e in train], [e["loss"] for e in train], label="train", linewidth=1)
     steps, losses = [e["step"] for e in evaluations], [e["val_loss"] for e in evaluations]
     axes.plot(steps, losses, "o-", label="validation", color="tab:red", markersize=4)
+    for key in sorted({key for e in evaluations for key in e if key.startswith("val_loss/")}):
+        points = [(e["step"], e[key]) for e in evaluations if key in e]
+        label = f"validation, source {key.partition('/')[2]}"
+        axes.plot(*zip(*points, strict=True), ".--", label=label, linewidth=1, markersize=4)
     axes.legend()
     return figure
 

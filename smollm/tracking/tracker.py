@@ -115,8 +115,11 @@ def _line(e: dict[str, Any], last: int) -> str | None:
             f"{human(e['tokens_per_second'])} tok/s{mfu}  epoch {e['epoch']:.2f}"
         )
     if e["event"] == "eval":
+        names = [name for name in e if name.startswith("val_loss/")]
+        each = ", ".join(f"{name.partition('/')[2]}: {e[name]:.4f}" for name in names)
         return (
-            f"{at}  val_loss {e['val_loss']:.4f}  val_perplexity {e['val_perplexity']:.1f}  "
+            f"{at}  val_loss {e['val_loss']:.4f}{f' ({each})' if each else ''}  "
+            f"val_perplexity {e['val_perplexity']:.1f}  "
             f"({human(e['val_tokens'])} tokens, {e['seconds']:.1f} s)"
         )
     if e["event"] == "sample":

@@ -17,8 +17,13 @@ Histograms = dict[str, tuple[list[int], list[float]]]
 class Evaluation:
     """What the held-out text says of a model."""
 
-    loss: float  # mean over the predicted tokens, in nats
+    total: float  # loss of the predicted tokens, in nats
     tokens: int  # that were predicted, over all processes
+
+    @property
+    def loss(self) -> float:
+        """The mean over the predicted tokens, in nats."""
+        return self.total / self.tokens
 
 
 @torch.no_grad()
@@ -48,7 +53,7 @@ def evaluate(
     if interrupted():
         return None
     total, count = distributed.sums([total, count])
-    return Evaluation(total / count, int(count))
+    return Evaluation(total, int(count))
 
 
 def histograms(model: torch.nn.Module, watched: str) -> Histograms:

@@ -14,7 +14,6 @@ class Job:
 
     config: Config
     phase: int  # 1 or 2
-    input_file: Path
     save_dir: Path
     log_dir: Path
     last: int  # the step to go to

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import math
 import platform
@@ -26,6 +27,7 @@ from smollm.checkpoint import huggingface, state, store
 from smollm.checkpoint.writer import Writer
 from smollm.config import Config, to_dict
 from smollm.data.batches import TokenDataset, validation_batches
+from smollm.data.shards import Tokens
 from smollm.data.token_cache import Corpus
 from smollm.data.tokenizer import PAD, end_token
 from smollm.errors import DivergedError
@@ -33,7 +35,7 @@ from smollm.hardware import Hardware
 from smollm.randomness import derive_seed
 from smollm.tracking.metrics import perplexity
 from smollm.tracking.tracker import Tracker, duration, human
-from smollm.training.evaluation import evaluate, histograms
+from smollm.training.evaluation import Evaluation, evaluate, histograms
 from smollm.training.job import Job
 from smollm.training.optimizer import learning_rate
 from smollm.training.step import StepResult, TrainStep, layer_norms
@@ -113,6 +115,14 @@ class Run:
     def model(self) -> CausalLM:
         """The model, perhaps sharded."""
         return self.train_step.parallel.model
+
+    @functools.cached_property
+    def held_out(self) -> dict[int, Tokens]:
+        """The tokens to evaluate, by the number of the source: at most data.validation_tokens."""
+        parts = {n: p.validation for n, p in enumerate(self.corpus.parts) if len(p.validation)}
+        total = sum(len(tokens) for tokens in parts.values())
+        share = min(1.0, self.config.data.validation_tokens / total)
+        return {n: tokens.part(0, max(2, int(len(tokens) * share))) for n, tokens in parts.items()}
 
     # --- taking steps ---
 
@@ -222,21 +232,28 @@ class Run:
         """The loss on the held-out text; returns False where a signal interrupted it."""
         fault_injection.point("evaluate")
         started = time.monotonic()
-        batches = validation_batches(
-            self.corpus.validation, self.config.data.sequence_length, self.train_step.micro_batch,
-            IGNORE_INDEX, ranks.rank(), ranks.world_size(),
-        )  # fmt: skip
+        found: dict[int, Evaluation] = {}
         with self.stopwatch.pause():
-            found = evaluate(self.model, batches, self.hardware.device, self.interrupted)
-            if found is None:
-                return False
-            progress = self.progress
-            progress.val_loss = found.loss
-            if progress.best_val_loss is None or found.loss < progress.best_val_loss:
-                progress.best_val_loss, progress.best_step = found.loss, progress.step
+            for number, tokens in self.held_out.items():
+                batches = validation_batches(
+                    tokens, self.config.data.sequence_length, self.train_step.micro_batch,
+                    IGNORE_INDEX, ranks.rank(), ranks.world_size(),
+                )  # fmt: skip
+                result = evaluate(self.model, batches, self.hardware.device, self.interrupted)
+                if result is None:
+                    return False
+                found[number] = result
+            total = sum(each.total for each in found.values())
+            count = sum(each.tokens for each in found.values())
+            loss, progress = total / count, self.progress
+            progress.val_loss = loss
+            if progress.best_val_loss is None or loss < progress.best_val_loss:
+                progress.best_val_loss, progress.best_step = loss, progress.step
+            each = {f"val_loss/{number}": result.loss for number, result in found.items()}
             self.tracker.event(
-                "eval", progress.step, val_loss=found.loss, val_perplexity=perplexity(found.loss),
-                val_tokens=found.tokens, seconds=time.monotonic() - started,
+                "eval", progress.step, val_loss=loss, **(each if len(each) > 1 else {}),
+                val_perplexity=perplexity(loss), val_tokens=count,
+                seconds=time.monotonic() - started,
             )  # fmt: skip
             if progress.step > 0 and (values := histograms(self.model, self.tracker.watched)):
                 self.tracker.wandb.histograms(progress.step, values)

@@ -104,7 +104,7 @@ def set_up(
     """Everything up to the first step.
 
     Args:
-        corpus: a tokenized text, where the job's input_file is not to be read.
+        corpus: a tokenized text, where data.input_files are not to be read.
         held: see `running`.
     """
     config, log = job.config, logger.info
@@ -114,6 +114,8 @@ def set_up(
     saved = store.read(job.resume_from) if job.resume_from else None
     corpus = corpus or _open_corpus(job, saved, log)
     flat = {f"{s}.{k}": v for s, keys in to_dict(config).items() for k, v in keys.items()}
+    for path in ("data.input_files", "data.validation_file"):  # each machine may have its own
+        del flat[path]
     distributed.require_agreement({"the code": code_version(), **flat}, ConfigError)
     distributed.require_agreement(corpus.fingerprint, InputError)
     parallel = _build_model(config, machine, saved)
@@ -189,7 +191,7 @@ def _open_corpus(job: Job, saved: store.Checkpoint | None, log: Callable[[str], 
     """The tokenized text, made by rank 0 and opened by all; checked against the checkpoint's."""
     tokenizer_json = saved.documents[store.TOKENIZER] if saved else None
     with distributed.main_first():
-        corpus = token_cache.prepare(job.config, job.input_file, tokenizer_json, log)
+        corpus = token_cache.prepare(job.config, tokenizer_json, log)
     if saved:
         for line in resume.check_compatible(job.config, corpus.fingerprint, saved):
             log(line)
@@ -262,6 +264,7 @@ def describe(run: Run) -> list[str]:
         ("parameters", f"{count.total:,} ({count.matrices:,} in matrices)"),
         *([("memory", expected_memory(run))] if run.hardware.device.type == "cuda" else []),
         ("data", run.corpus.conservation()),
+        *_parts(run),
         (
             "batch",
             f"{micro_batch} sequences x {accumulation} accumulation{processes} x "
@@ -279,6 +282,22 @@ def describe(run: Run) -> list[str]:
             "steps for a model that generalises"
         )
     return lines
+
+
+def _parts(run: Run) -> Iterator[tuple[str, str]]:
+    """The rows about the parts of the text, where there are several or not all is evaluated."""
+    parts = run.corpus.parts
+    if len(parts) > 1:
+        for number, part in enumerate(parts):
+            train, validation = len(part.train), len(part.validation)
+            yield f"  {number}", f"{part.name}: {train:,} train + {validation:,} validation tokens"
+    held_out = sum(len(part.validation) for part in parts)
+    used = sum(len(tokens) for tokens in run.held_out.values())
+    if used < held_out:
+        yield (
+            "validation",
+            f"the same {used:,} of {held_out:,} held-out tokens each time (data.validation_tokens)",
+        )
 
 
 def _precision(run: Run) -> str:

@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from data_helpers import prepare
 from helpers import ROOT, call, digest, in_child, train, write_tiny
 
 from smollm import atomic
 from smollm.config import Config
 from smollm.config_reader import load
-from smollm.data import token_cache
 
 SHIMS = {  # what the system calls answer on Google Drive, exFAT, SMB; Lustre, NFS; CIFS
     "links": """
@@ -111,7 +111,7 @@ def test_a_complete_cache_on_a_read_only_place_is_used(open_tmp: Path) -> None:
 
     def prepared(config: Config) -> str:
         try:
-            corpus = token_cache.prepare(config, open_tmp / "text.txt", log=lambda line: None)
+            corpus = prepare(config, open_tmp / "text.txt")
         except Exception as error:
             return f"{type(error).__name__}: {error}"
         return f"{len(corpus.train)} tokens"

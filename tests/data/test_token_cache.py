@@ -30,7 +30,7 @@ from smollm.data.documents import SEPARATOR
 
 def cache_files(tmp_path: Path) -> dict[str, tuple[int, int]]:
     """Inode and modification time of every file of the cache's token directories."""
-    paths = (tmp_path / "cache").glob("to*/*")
+    paths = (path for path in (tmp_path / "cache").glob("to*/**/*") if path.is_file())
     return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
 
 
@@ -40,18 +40,17 @@ def test_a_second_start_does_not_tokenize(tmp_path, settings):
     first = prepare(settings("train"), path)
     before = cache_files(tmp_path)
     assert sorted(Path(name).name for name in before) == [
-        "counts.json", "manifest.json", "manifest.json", "tokenizer.json", "train.npy",
-        "validation.npy",
+        "file.json", "manifest.json", "manifest.json", "pieces.npy", "tokenizer.json", "tokens.npy",
     ]  # fmt: skip
     second = prepare(settings("train"), path)
     assert cache_files(tmp_path) == before
     assert tokens_of(second) == tokens_of(first)
     assert second.fingerprint == first.fingerprint
-    assert isinstance(second.train, np.memmap)
+    assert isinstance(second.train._open(second.train.parts[0][0]), np.memmap)
 
 
 def test_what_the_tokens_are_made_from_keys_the_cache(tmp_path, settings, prose):
-    """Another text, tokenizer or split never meets the tokens of the first."""
+    """Another text or tokenizer never meets the tokens of the first; another split shares them."""
     path = write(tmp_path, BODY)
     fingerprints = [prepare(settings(), path).fingerprint]
     fingerprints.append(prepare(settings(validation_fraction=0.1), path).fingerprint)
@@ -60,7 +59,7 @@ def test_what_the_tokens_are_made_from_keys_the_cache(tmp_path, settings, prose)
     path.write_text(BODY.replace("square", "sqvare"))
     fingerprints.append(prepare(settings(), path).fingerprint)
     assert len({json.dumps(fingerprint) for fingerprint in fingerprints}) == 5
-    assert len(list((tmp_path / "cache").glob("tokens-*"))) == 5
+    assert len(list((tmp_path / "cache").glob("tokens-*"))) == 4
     corpus = prepare(settings(), path)
     assert tokens_of(corpus) == reference_tokens(path.read_text(), corpus.tokenizer)
 
@@ -72,17 +71,30 @@ def flip(path: Path, at: int, bit: int = 0) -> None:
     path.write_bytes(content)
 
 
+def flip_unseen(path: Path) -> None:
+    """Flip a bit as a bad disk does: the file's time stays."""
+    before = path.stat()
+    flip(path, 500)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+SHARD = "shard_00000"
 CACHE_DAMAGE = {
-    "bit": (lambda d: flip(d / "train.npy", 500), "train.npy"),
-    "bit of the last token": (lambda d: flip(d / "validation.npy", -1), "validation.npy"),
-    "cut short": (lambda d: os.truncate(d / "train.npy", 200), "train.npy"),
-    "emptied": (lambda d: os.truncate(d / "train.npy", 0), "train.npy"),
-    "missing file": (lambda d: (d / "validation.npy").unlink(), "validation.npy"),
-    "counts": (lambda d: (d / "counts.json").write_text("{}"), "counts.json"),
-    "no manifest": (lambda d: (d / "manifest.json").unlink(), "manifest.json"),
-    "manifest is noise": (lambda d: (d / "manifest.json").write_text("[1"), "manifest.json"),
-    "empty directory": (lambda d: [file.unlink() for file in d.iterdir()], "manifest.json"),
-    "file for a directory": (lambda d: (shutil.rmtree(d), d.touch()), ""),
+    "bit": (lambda d: flip(d / SHARD / "tokens.npy", 500), "tokens.npy"),
+    "bit of the last token": (lambda d: flip(d / SHARD / "tokens.npy", -1), "tokens.npy"),
+    "bit, and the time as before": (lambda d: flip_unseen(d / SHARD / "tokens.npy"), "tokens.npy"),
+    "bit of the index": (lambda d: flip(d / SHARD / "pieces.npy", -4), "pieces.npy"),
+    "cut short": (lambda d: os.truncate(d / SHARD / "tokens.npy", 200), "tokens.npy"),
+    "emptied": (lambda d: os.truncate(d / SHARD / "tokens.npy", 0), "tokens.npy"),
+    "missing file": (lambda d: (d / SHARD / "pieces.npy").unlink(), "pieces.npy"),
+    "missing shard": (lambda d: shutil.rmtree(d / SHARD), "tokens.npy"),
+    "file for a shard": (lambda d: (shutil.rmtree(d / SHARD), (d / SHARD).touch()), "tokens.npy"),
+    "sums": (lambda d: (d / "file.json").write_text("{}"), "file.json"),
+    "another sum": (
+        lambda d: (d / "file.json").write_text((d / "file.json").read_text().replace("1", "2", 1)),
+        "file.json",
+    ),
+    "sums are noise": (lambda d: (d / "file.json").write_text("[1"), "file.json"),
 }
 
 
@@ -95,13 +107,13 @@ def test_damaged_tokens_are_named_and_made_again(tmp_path, settings, case):
     (directory,) = (tmp_path / "cache").glob("tokens-*")
     damage(directory)
     lines = []
-    assert tokens_of(prepare(settings(), path, lines.append)) == good
+    assert tokens_of(prepare(settings(), path, log=lines.append)) == good
     (line,) = [line for line in lines if "tokenizing again" in line]
     assert str(directory) in line and name in line
     lines.clear()
-    assert tokens_of(prepare(settings(), path, lines.append)) == good
+    assert tokens_of(prepare(settings(), path, log=lines.append)) == good
     assert not lines
-    assert not list((tmp_path / "cache").glob(".tmp-*"))
+    assert not list((tmp_path / "cache").rglob(".tmp-*"))
 
 
 @pytest.mark.parametrize(
@@ -142,7 +154,7 @@ def test_two_processes_prepare_one_cache_at_once(tmp_path, small_tokenizer, pros
     first, second = (output.splitlines()[-1] for output in outputs)
     assert first == second and first.startswith("tokens ")
     names = sorted(path.name for path in (tmp_path / "cache").iterdir())
-    assert len(names) == 3 and names[0] == ".lock", names
+    assert len(names) == 4 and names[:2] == [".lock", "hashes.json"], names
 
 
 @pytest.mark.parametrize("point", ["batch", "hashed", "manifest", "renamed"])
@@ -170,12 +182,13 @@ import json, resource, sys
 from pathlib import Path
 from smollm import config_reader
 from smollm.data import token_cache
-corpus = token_cache.prepare(config_reader.load(Path("run.yaml")), Path("text.txt"), log=print)
+corpus = token_cache.prepare(config_reader.load(Path("run.yaml")), log=print)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
-print(json.dumps([peak, children, len(corpus.train) + len(corpus.validation)]))
+print(json.dumps([peak, children, corpus.tokens]))
 """
     settings = {"model": {"vocab_size": 4096}, "tokenizer": {"source": "train"}}
+    settings["data"] = {"input_files": ["text.txt"]}
     (tmp_path / "run.yaml").write_text(json.dumps(settings))
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -198,7 +211,7 @@ def test_a_text_that_is_edited_while_it_is_read_is_refused(tmp_path):
         words, cwd=tmp_path, env=environment(FAULT="cache.batch:sleep:1"), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     ) as process:  # fmt: skip
-        while not list(tmp_path.glob("cache/.tmp-tokens-*")):
+        while not list(tmp_path.glob("cache/tokens-*/.tmp-shard_*")):
             time.sleep(0.05)
             assert process.poll() is None
         (tmp_path / "text.txt").write_bytes(text.replace(b"e", b"a"))

@@ -30,7 +30,7 @@ from tokenizers import (
 )
 
 from smollm import generation
-from smollm.data import documents, token_cache
+from smollm.data import documents
 from smollm.data import tokenizer as tokenizer_module
 from smollm.data.documents import SEPARATOR
 from smollm.data.tokenizer import PAD, errors_named, learn, parse, publish
@@ -43,10 +43,10 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path, settings):
     with pytest.raises(InputError, match=r"512 entries.*model\.vocab_size 511.*vocab_size=512"):
         prepare(settings(vocab_size=511), path)
     lines = []
-    prepare(settings(vocab_size=600), path, lines.append)
+    prepare(settings(vocab_size=600), path, log=lines.append)
     assert lines == ["the tokenizer has 512 entries; 88 embedding rows stay unused"]
     lines.clear()
-    prepare(settings(vocab_size=512), path, lines.append)
+    prepare(settings(vocab_size=512), path, log=lines.append)
     assert lines == []
 
 
@@ -70,7 +70,7 @@ def test_a_checkpoints_tokenizer_wins(tmp_path, settings, small_tokenizer):
     """prepare(tokenizer_json=...) uses that one, whatever tokenizer.source says."""
     path = write(tmp_path, BODY)
     text = small_tokenizer.read_text("utf-8")
-    corpus = token_cache.prepare(settings("/nowhere.json"), path, text, lambda line: None)
+    corpus = prepare(settings("/nowhere.json"), path, tokenizer_json=text)
     assert tokens_of(corpus) == tokens_of(prepare(settings(), path))
 
 
@@ -107,14 +107,14 @@ def test_a_tokenizer_without_an_end_of_text_token_is_refused(tmp_path, settings)
 
 
 def test_separator_lines_become_the_tokenizers_own_end_of_text_token(tmp_path, settings):
-    """A tokenizer that ends texts with </s>: each separator line, also the last, is a </s>."""
+    """A tokenizer that ends texts with </s>: each document ends with a </s>."""
     content = Path(settings().tokenizer.source).read_text("utf-8")
     source = tmp_path / "tokenizer.json"
     source.write_text(content.replace(SEPARATOR, "</s>"), "utf-8")
     text = f"{SEPARATOR}\n{BODY}{SEPARATOR}\nin {SEPARATOR} a line\n{BODY}{SEPARATOR}"
     corpus = prepare(settings(source, 513), write(tmp_path, text))
     assert tokens_of(corpus) == reference_tokens(text, corpus.tokenizer, "</s>")
-    assert tokens_of(corpus).count(corpus.tokenizer.token_to_id("</s>")) == 3
+    assert tokens_of(corpus).count(corpus.tokenizer.token_to_id("</s>")) == 2
 
 
 def test_gpt2_without_network_names_both_ways_out(tmp_path):
@@ -164,10 +164,12 @@ def test_dropout_of_a_tokenizer_is_switched_off(tmp_path, settings):
     path, found = write(tmp_path, BODY), []
     for cache in ("one", "other"):
         lines = []
-        corpus = prepare(settings(source, 600, cache_dir=str(tmp_path / cache)), path, lines.append)
+        corpus = prepare(
+            settings(source, 600, cache_dir=str(tmp_path / cache)), path, log=lines.append
+        )
         found.append((tokens_of(corpus), corpus.fingerprint))
         assert any("dropout is switched off" in line for line in lines)
-    assert found[0] == found[1] and "tokens_sha256" in found[0][1]
+    assert found[0] == found[1] and "tokens" in found[0][1]
     content["model"]["dropout"] = None
     assert found[0][0] == reference_tokens(BODY, Tokenizer.from_str(json.dumps(content)))
 
@@ -307,4 +309,4 @@ def test_ids_with_gaps_need_rows_up_to_the_highest(tmp_path, settings):
             prepare(settings(source, highest), path)
         corpus = prepare(settings(source, highest + 1), path)
         assert tokens_of(corpus) == reference_tokens(BODY, corpus.tokenizer)
-        assert corpus.train.dtype == (np.uint16 if highest < 65_536 else np.uint32)
+        assert corpus.train[:].dtype == (np.uint16 if highest < 65_536 else np.uint32)

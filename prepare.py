@@ -1,0 +1,70 @@
+"""Tokenize a text ahead of a run, on a machine without a GPU for example.
+
+    python prepare.py --config config.yaml --input_file 'corpus/*.jsonl.zst'
+    python prepare.py --config config.yaml --input_file books --input_file web.parquet --workers 4
+
+The tokens are kept in data.cache_dir, where train.py finds them: give it the same --config and
+--input_file. Interrupted, the same command goes on after the shards that are finished; of a folder
+that has grown only the new files are tokenized.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # PYTHONSAFEPATH leaves the script's folder out
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from smollm import cli
+from smollm.config import Config
+from smollm.data import token_cache
+from smollm.data.batches import TokenDataset
+from smollm.data.token_cache import Corpus
+from smollm.signals import StopSignals
+
+
+def describe(corpus: Corpus, config: Config) -> list[str]:
+    """What was tokenized, and what a run with this configuration would make of it."""
+    data, steps = config.data, config.training.train_steps
+    dataset = TokenDataset(
+        corpus.train, data.sequence_length, config.sequences_per_step, config.training.seed
+    )
+    lines = [f"data           {corpus.conservation()}"]
+    if len(corpus.parts) > 1:
+        for number, part in enumerate(corpus.parts):
+            train, held_out = len(part.train), len(part.validation)
+            lines.append(f"  {number:<12} {part.name}: {train:,} train + {held_out:,} validation")
+    mean = corpus.text_bytes / corpus.tokens
+    lines += [
+        f"tokenizer      {corpus.tokenizer.get_vocab_size():,} entries, {mean:.3f} bytes per token "
+        f"({corpus.text_bytes:,} bytes of text)",
+        f"epochs         {dataset.epoch(steps):,.2f} in {steps:,} steps of "
+        f"{config.tokens_per_step:,} tokens",
+        f"cache          {data.cache_dir}",
+    ]
+    return lines
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Tokenize what the command line names; returns the exit code.
+
+    Args:
+        argv: the words of the command line after the script's name; None: the process's own.
+    """
+    parser = cli.ArgumentParser(description=__doc__)
+    cli.add_inputs(parser)
+    parser.add_argument(
+        "--workers", type=cli.positive_integer, metavar="N",
+        help="processes that tokenize, a file at a time each (as many as there are cores, at most "
+        "8; the cores that are left over are shared out among them)",
+    )  # fmt: skip
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    with StopSignals():
+        arguments, config = cli.parse(parser, argv)
+        corpus = token_cache.prepare(config, log=cli.say, workers=arguments.workers)
+        for line in describe(corpus, config):
+            cli.say(line)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.execute(main)

@@ -1,0 +1,323 @@
+"""Which files an input is made of, which format each has, and the bytes of its content.
+
+An entry of `data.input_files` is a file, a folder or a glob. A format is chosen by a file's content
+where that shows it, else by its ending.
+"""
+
+import bz2
+import codecs
+import contextlib
+import glob
+import gzip
+import io
+import json
+import lzma
+import os
+import re
+import shlex
+import stat
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from smollm.errors import InputError, first_line
+
+BLOCK = 1 << 20  # bytes read at once
+ENDINGS = {
+    ".txt": "text", ".md": "text", ".jsonl": "json", ".ndjson": "json", ".csv": "csv",
+    ".tsv": "tsv", ".parquet": "parquet",
+}  # fmt: skip
+COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
+_MAGIC = (  # how a compressed file begins
+    (re.compile(rb"\x1f\x8b\x08"), "gzip"),
+    (re.compile(rb"\x28\xb5\x2f\xfd"), "zstd"),
+    (re.compile(rb"\xfd7zXZ\0"), "xz"),
+    (re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"), "bzip2"),
+)
+_FORMATS = f"{', '.join(ENDINGS)}; the text ones also with {', '.join(COMPRESSED)}"
+Log = Callable[[str], None]
+
+
+# --- which files ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """One entry of `data.input_files`."""
+
+    name: str  # as it was given
+    files: tuple[Path, ...]  # sorted
+
+
+def find(entries: Iterable[str], log: Log) -> list[Source]:
+    """The files of each entry: a file, a folder (all below it) or a glob.
+
+    Args:
+        log: takes a line about files that were left out.
+
+    Raises:
+        InputError: an entry names nothing usable, or a file is named twice.
+    """
+    sources = [Source(entry, tuple(_files(entry, log))) for entry in entries]
+    named: dict[tuple[int, int], str] = {}
+    for source in sources:
+        for path in source.files:
+            with reading(path):
+                status = path.stat()
+            identity = (status.st_dev, status.st_ino)
+            if identity in named:
+                raise InputError(
+                    f"{path}: is named twice (also as {named[identity]}); name each file once"
+                )
+            named[identity] = str(path)
+    return sources
+
+
+def _files(entry: str, log: Log) -> list[Path]:
+    """The files of one entry, sorted."""
+    path = Path(entry)
+    if "://" in entry:
+        raise InputError(f"{entry}: is a URL; download it, and name the file with --input_file")
+    if path.is_dir():
+        return _select(entry, _below(path), log)
+    if glob.has_magic(entry) and not os.path.lexists(path):
+        found = sorted(Path(name) for name in glob.glob(entry, recursive=True))
+        if not found:
+            raise InputError(f"{entry}: this glob matches no file; see it with ls {entry}")
+        return _select(entry, [(name, _reason(name, by_glob=True)) for name in found], log)
+    with reading(path):
+        status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError(f"{path}: is not a regular file; name a text file with --input_file")
+    if status.st_size == 0:
+        raise InputError(f"{path}: is empty; it must hold the text to train on")
+    return [path]
+
+
+def _below(folder: Path) -> list[tuple[Path, str | None]]:
+    """Every file below a folder, sorted, each with the reason why it is left out, or None."""
+    found = []
+
+    def fail(error: OSError) -> None:
+        raise InputError(f"{error.filename}: {error.strerror}; allow it, or name the files")
+
+    for directory, names, files in os.walk(folder, onerror=fail):
+        here = Path(directory)
+        for name in list(names):
+            if name.startswith("."):
+                found.append((here / name, "hidden"))
+            elif (here / name).is_symlink():
+                found.append((here / name, "links to folders"))
+            else:
+                continue
+            names.remove(name)
+        found += [(here / name, _reason(here / name)) for name in files]
+    return sorted(found)
+
+
+def _reason(path: Path, by_glob: bool = False) -> str | None:
+    """Why a file of a folder or glob is left out; None where it is taken."""
+    if path.name.startswith(".") and not by_glob:
+        return "hidden"
+    with reading(path):
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            return "folders"
+        if not stat.S_ISREG(status.st_mode):
+            return "not regular files"
+        if status.st_size == 0:
+            return "empty"
+        if by_glob or ending(path) in ENDINGS:
+            return None
+        head = _head(path)
+    if ending(path) == ".json":
+        return None if _is_json_line(head) else "not JSON lines"
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return "not text"
+    return "not text" if b"\0" in head else None
+
+
+def _select(entry: str, found: list[tuple[Path, str | None]], log: Log) -> list[Path]:
+    """The files that are taken; says which are not.
+
+    Raises:
+        InputError: none is taken.
+    """
+    out: dict[str, list[str]] = {}
+    for path, reason in found:
+        if reason:
+            out.setdefault(reason, []).append(path.name)
+    said = "; ".join(
+        f"{len(names)} {reason} ({names[0]}{', ...' if len(names) > 1 else ''})"
+        for reason, names in sorted(out.items())
+    )
+    taken = [path for path, reason in found if reason is None]
+    if not taken:
+        why = f"left out: {said}" if said else "it is empty"
+        raise InputError(
+            f"{entry}: holds no file to train on ({why}); name with --input_file what holds "
+            f"{_FORMATS}"
+        )
+    if said:
+        log(f"{entry}: {len(taken):,} files; left out: {said}")
+    return taken
+
+
+# --- which format --------------------------------------------------------------------------------
+
+
+def ending(path: Path) -> str:
+    """The ending that names the format, without that of a compression."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSED:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What goes wrong while a file is read, as an InputError that names it."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{path}: {error.strerror}: it is not there, or was removed meanwhile; name a text "
+            "file with --input_file"
+        ) from error
+    except EOFError as error:
+        raise InputError(f"{path}: is cut short; fetch or compress it again") from error
+    except (zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+        raise InputError(f"{path}: is damaged ({error}); fetch or compress it again") from error
+    except OSError as error:
+        if error.errno is None:  # of a library: the content is wrong
+            why = first_line(error)
+            raise InputError(f"{path}: is damaged ({why}); fetch or compress it again") from error
+        raise InputError(f"{path}: {error.strerror}; name a text file with --input_file") from error
+
+
+def _compression(raw: IO[bytes]) -> str | None:
+    """How an open file is compressed, by its first bytes; it is left at its start."""
+    start = raw.read(16)
+    raw.seek(0)
+    return next((name for magic, name in _MAGIC if magic.match(start)), None)
+
+
+def decompressed(raw: IO[bytes]) -> IO[bytes]:
+    """A stream of an open file's content."""
+    match _compression(raw):
+        case "gzip":
+            return gzip.GzipFile(fileobj=raw)
+        case "xz":
+            return lzma.LZMAFile(raw)
+        case "bzip2":
+            return bz2.BZ2File(raw)
+        case "zstd":
+            return io.BufferedReader(_ZstdFile(raw), BLOCK)
+    return raw
+
+
+class _ZstdFile(io.RawIOBase):
+    """The content of a zstd file. zstandard's own reader takes one that is cut short for whole."""
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        import zstandard
+
+        self.raw, self.error = raw, zstandard.ZstdError
+        self.decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 27)
+        self.frame, self.rest, self.ready = None, b"", b""
+
+    def readable(self) -> bool:
+        """Whether it can be read."""
+        return True
+
+    def readinto(self, target: Any) -> int:
+        """Fill `target` with the bytes that come next; 0 at the end."""
+        while not self.ready:
+            # Little at a time: a frame may unfold to 30,000 times its size.
+            self.rest = self.rest or self.raw.read(4096)
+            if not self.rest:
+                if self.frame is not None:
+                    raise EOFError
+                return 0
+            self.frame = self.frame or self.decompressor.decompressobj()
+            try:
+                self.ready = self.frame.decompress(self.rest)
+            except self.error as error:
+                raise OSError(str(error)) from error
+            self.rest = b""
+            if self.frame.eof:
+                self.rest, self.frame = self.frame.unused_data, None
+        count = min(len(target), len(self.ready))
+        target[:count], self.ready = self.ready[:count], self.ready[count:]
+        return count
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether a file's content is larger than the file: Parquet is compressed inside."""
+    with reading(path), open(path, "rb") as raw:
+        return _compression(raw) is not None or raw.read(4) == b"PAR1"
+
+
+def _head(path: Path) -> bytes:
+    """The first bytes of a file's content."""
+    with reading(path), open(path, "rb") as raw:
+        return decompressed(raw).read(1 << 16)
+
+
+def kind_of(path: Path) -> str:
+    """The format of a file: text, json, csv, tsv or parquet.
+
+    Raises:
+        InputError: it is in none of them.
+    """
+    with reading(path), open(path, "rb") as raw:
+        if raw.read(4) == b"PAR1":
+            return "parquet"
+    head, name = _head(path), ending(path)
+    _refuse_binary(path, head)
+    if name == ".parquet":
+        raise InputError(f"{path}: is no Parquet file: it does not begin with PAR1; fetch it again")
+    if name in ENDINGS:
+        return ENDINGS[name]
+    if _is_json_line(head):
+        return "json"
+    if name == ".json":
+        raise InputError(
+            f"{path}: is JSON, but not one object a line; convert it: jq -c '.[]' "
+            f"{shlex.quote(str(path))} > new.jsonl"
+        )
+    return "text"
+
+
+def _is_json_line(head: bytes) -> bool:
+    """Whether a text begins with a line that is a JSON object."""
+    line, newline, _ = head.lstrip(b"\xef\xbb\xbf \t\r\n").partition(b"\n")
+    if not newline and len(head) == 1 << 16:
+        return line.startswith(b'{"')
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _refuse_binary(path: Path, head: bytes) -> None:
+    """Raise InputError for what is often taken for a text: other encodings, and archives."""
+    for mark, name in (
+        (b"\xff\xfe\0\0", "UTF-32"),  # begins as UTF-16's does
+        (b"\0\0\xfe\xff", "UTF-32"),
+        (b"\xff\xfe", "UTF-16"),
+        (b"\xfe\xff", "UTF-16"),
+    ):
+        if head.startswith(mark):
+            convert = f"iconv -f {name} -t UTF-8 {shlex.quote(str(path))} > new"
+            raise InputError(f"{path}: is {name}; convert it: {convert}")
+    if head.startswith(b"PK\x03\x04"):
+        raise InputError(f"{path}: is compressed with zip; decompress it first with unzip")
+    if head[257:262] == b"ustar":
+        raise InputError(f"{path}: is a tar archive; unpack it, and name the folder")
+    if head.startswith(b"PAR1"):
+        raise InputError(f"{path}: is a compressed Parquet file; decompress it first")
