@@ -18,7 +18,7 @@ from smollm import cli
 from smollm.config import Config
 from smollm.data import token_cache
 from smollm.data.batches import TokenDataset
-from smollm.data.token_cache import Corpus
+from smollm.data.corpus import Corpus
 from smollm.signals import StopSignals
 
 
@@ -28,20 +28,20 @@ def describe(corpus: Corpus, config: Config) -> list[str]:
     dataset = TokenDataset(
         corpus.train, data.sequence_length, config.sequences_per_step, config.training.seed
     )
-    lines = [f"data           {corpus.conservation()}"]
-    if len(corpus.parts) > 1:
-        for number, part in enumerate(corpus.parts):
-            train, held_out = len(part.train), len(part.validation)
-            lines.append(f"  {number:<12} {part.name}: {train:,} train + {held_out:,} validation")
-    mean = corpus.text_bytes / corpus.tokens
-    lines += [
-        f"tokenizer      {corpus.tokenizer.get_vocab_size():,} entries, {mean:.3f} bytes per token "
-        f"({corpus.text_bytes:,} bytes of text)",
-        f"epochs         {dataset.epoch(steps):,.2f} in {steps:,} steps of "
-        f"{config.tokens_per_step:,} tokens",
-        f"cache          {data.cache_dir}",
+    entries, mean = corpus.tokenizer.get_vocab_size(), corpus.text_bytes / corpus.tokens
+    rows = [
+        *corpus.rows(),
+        (
+            "tokenizer",
+            f"{entries:,} entries; {corpus.text_bytes:,} bytes of text, {mean:.3f} bytes per token",
+        ),
+        (
+            "epochs",
+            f"{dataset.epoch(steps):,.2f} in {steps:,} steps of {config.tokens_per_step:,} tokens",
+        ),
+        ("cache", data.cache_dir),
     ]
-    return lines
+    return [f"{name:<14} {value}" for name, value in rows]
 
 
 def main(argv: list[str] | None = None) -> int:

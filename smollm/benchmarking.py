@@ -32,9 +32,9 @@ from smollm import atomic, generation, hardware
 from smollm.checkpoint import huggingface, resume, store
 from smollm.config import Config
 from smollm.data import token_cache, tokenizer
+from smollm.data.corpus import Corpus, Part
 from smollm.data.documents import SEPARATOR
 from smollm.data.shards import Tokens
-from smollm.data.token_cache import Part
 from smollm.errors import UserError
 from smollm.signals import StopSignals
 from smollm.training import setup
@@ -103,7 +103,7 @@ def _run(
     directory.mkdir(exist_ok=True)
     np.save(path := directory / "tokens.npy", tokens)
     train, validation = (Tokens([(path, 0, size)]) for size in (count, min(count, 1024)))
-    corpus = token_cache.Corpus(
+    corpus = Corpus(
         train, (Part("random", train, validation),), tokenizer.learn(["a text"], 258), 1, 0,
         {"text_bytes": 0},
     )  # fmt: skip

@@ -17,8 +17,8 @@ from tokenizers import Tokenizer
 
 from smollm.config import Config
 from smollm.data import token_cache
+from smollm.data.corpus import Corpus
 from smollm.data.documents import SEPARATOR
-from smollm.data.token_cache import Corpus
 
 GPT2, SHAKESPEARE = SHARED / "gpt2-tokenizer.json", SHARED / "tinyshakespeare.txt"
 MB = 1 << 20
@@ -85,9 +85,13 @@ def reference_tokens(text: str, tokenizer: Tokenizer, end: str = SEPARATOR) -> l
 
 
 PREPARE = """
-import hashlib, pathlib, sys
+import hashlib, os, sys
 from smollm import cli, config_reader
-from smollm.data import token_cache
+from smollm.data import shards, token_cache
+
+if "SHARD" in os.environ:
+    shards.SHARD = int(os.environ["SHARD"])
+    shards.BATCH = shards.SHARD // 3
 
 def main():
     inputs = {"--input_file": ("data.input_files", [sys.argv[2]])}

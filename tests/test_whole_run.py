@@ -202,14 +202,26 @@ def test_train_sh_answers_for_itself(tmp_path: Path) -> None:
 
 
 def test_train_sh_through_a_link_with_paths_of_the_caller(tmp_path: Path) -> None:
-    """Every path is relative to where the command was typed; both forms of a flag are known."""
+    """Every path is relative to where the command was typed, folders and globs too; both forms of
+    a flag are known. A URL stays one, and without --input_file data.input_files serves."""
     write_tiny(tmp_path)
+    (tmp_path / "my texts").mkdir()
+    shutil.copy(ROOT / "README.md", tmp_path / "my texts/a.md")
     (tmp_path / "go").symlink_to(ROOT / "train.sh")
     assert "DEBUG=1" in call(tmp_path, ["./go", "--help"]).stdout
-    words = ["./go", "--config=tiny.yaml", "--input_file", "text.txt", "--save_dir=run/checkpoints"]
-    words += ["--log_dir=run/logs", "data.cache_dir=mine", "training.train_steps=2"]
+    words = ["./go", "--config=tiny.yaml", "--save_dir=run/checkpoints", "--log_dir=run/logs"]
+    words += ["data.cache_dir=mine", "training.train_steps=2"]
+    for wrong, said in (
+        (["--input_file", "s3://bucket/a.txt"], "error: s3://bucket/a.txt: is a URL"),
+        ([f"data.input_files=[{tmp_path}/no.txt]"], f"error: {tmp_path}/no.txt: No such file"),
+    ):
+        refused = call(tmp_path, [*words, *wrong], NO_INSTALL="1")
+        assert refused.returncode == 3 and said in refused.stdout, refused.stdout
+    words += ["--input_file", "my texts", "--input_file=my*/../te*.txt"]
     first = call(tmp_path, words, NO_INSTALL="1")
     assert first.returncode == 0, first.stdout
+    assert f"  0            {tmp_path}/my texts: " in first.stdout
+    assert f"  1            {tmp_path}/my*/../te*.txt: " in first.stdout
     assert list((tmp_path / "mine").glob("tokens-*")) and step_directory(tmp_path, 6).is_dir()
     shutil.copy(step_directory(tmp_path, 6) / "tokenizer.json", tmp_path / "my.json")
     again = [word.replace("run/", "second/") for word in words]

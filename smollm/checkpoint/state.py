@@ -15,7 +15,7 @@ from smollm.checkpoint import resume
 from smollm.checkpoint.store import Checkpoint
 from smollm.config import Config
 from smollm.data.batches import Position
-from smollm.data.token_cache import Corpus
+from smollm.data.corpus import Corpus
 from smollm.errors import CheckpointError, first_line
 
 ALIGNMENT = 64  # bytes: of each tensor in the host's copy

@@ -132,6 +132,8 @@ def _reason(path: Path, by_glob: bool = False) -> str | None:
         if by_glob or ending(path) in ENDINGS:
             return None
         head = _head(path)
+    if head.startswith(b"PAR1"):
+        return None
     if ending(path) == ".json":
         return None if _is_json_line(head) else "not JSON lines"
     try:
@@ -185,8 +187,8 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise InputError(
-            f"{path}: {error.strerror}: it is not there, or was removed meanwhile; name a text "
-            "file with --input_file"
+            f"{path}: {error.strerror} (or it was removed meanwhile); name a text file with "
+            "--input_file"
         ) from error
     except EOFError as error:
         raise InputError(f"{path}: is cut short; fetch or compress it again") from error
@@ -228,7 +230,8 @@ class _ZstdFile(io.RawIOBase):
 
         self.raw, self.error = raw, zstandard.ZstdError
         self.decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 27)
-        self.frame, self.rest, self.ready = None, b"", b""
+        self.frame, self.rest = None, b""
+        self.ready = memoryview(b"")
 
     def readable(self) -> bool:
         """Whether it can be read."""
@@ -245,7 +248,7 @@ class _ZstdFile(io.RawIOBase):
                 return 0
             self.frame = self.frame or self.decompressor.decompressobj()
             try:
-                self.ready = self.frame.decompress(self.rest)
+                self.ready = memoryview(self.frame.decompress(self.rest))
             except self.error as error:
                 raise OSError(str(error)) from error
             self.rest = b""

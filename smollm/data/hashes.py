@@ -62,9 +62,9 @@ class Hashes:
 
     def save(self) -> None:
         """Keep what is remembered, also of files that were not asked for and are still there."""
+        if all(self.known.get(name) == entry for name, entry in self.used.items()):
+            return
         kept = {name: entry for name, entry in self.known.items() if Path(name).exists()}
         content = {**kept, **self.used}
-        if content == self.known:
-            return
         with atomic.replacing(self.path) as temporary:
             temporary.write_text(json.dumps(content), encoding="utf-8")

@@ -4,19 +4,20 @@ Files are shared out over processes, and within one the library's threads share 
 process takes some 150 MB, so there are at most MOST_PROCESSES, however many cores.
 """
 
-import ctypes
+import contextlib
 import dataclasses
-import multiprocessing
 import os
+import queue
 import signal
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer
 from tqdm import tqdm
@@ -29,8 +30,8 @@ from smollm.errors import ResourceError
 MOST_PROCESSES = 8
 ONE_PROCESS = 64_000_000  # bytes of files for which no further process is started
 PROGRESS_SECONDS = 5.0  # from one line about a long text to the next, where there is no terminal
-_PR_SET_PDEATHSIG = 1  # of prctl(2)
-_worker: dict[str, Any] = {}  # of a worker process: its tokenizer and the counter of all
+REPORTED = 4_000_000  # bytes that a process reads before it says so
+ROOT = Path(__file__).resolve().parents[2]  # of the project
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,11 @@ class Progress:
         if self.bar is None and now - self.said >= PROGRESS_SECONDS:
             self.said = now
             speed = done / max(now - self.began, 1e-9)
-            left = (self.size - done) / max(speed, 1)
+            seconds = (self.size - done) / max(speed, 1)
+            left = f"{seconds / 60:.0f} min" if seconds > 120 else f"{seconds:.0f} s"
             self.log(
                 f"{self.what}: {done / 1e6:,.0f} of {self.size / 1e6:,.0f} MB, "
-                f"{speed / 1e6:.1f} MB/s, {left / 60:.0f} min left"
+                f"{speed / 1e6:.1f} MB/s, {left} left"
             )
 
 
@@ -118,55 +120,94 @@ def _one_after_another(
     return found
 
 
+class _Worker:
+    """A process that tokenizes one file at a time."""
+
+    def __init__(self, threads: int) -> None:
+        self.connection, theirs = Pipe()
+        number = theirs.fileno()
+        # Not forked: this process may have threads, of PyTorch's among them.
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", f"from smollm.data import parallel; parallel.serve({number})"],
+            pass_fds=[number], stdin=subprocess.DEVNULL,
+            env={
+                **os.environ,
+                "PYTHONPATH": str(ROOT),
+                "RAYON_NUM_THREADS": str(threads),  # the library's threads
+            },
+        )  # fmt: skip
+        theirs.close()
+
+
 def _at_once(
-    tasks: list[Task], chosen: Tokenizer, workers: int, progress: Progress
+    tasks: list[Task], chosen: Tokenizer, count: int, progress: Progress
 ) -> dict[Path, FileTokens]:
-    # Not forked: this process may have threads, of PyTorch's among them.
-    context = multiprocessing.get_context("spawn")
-    done = context.Value("q", 0)
-    threads = -(-cores() // workers)
-    pool = ProcessPoolExecutor(
-        workers, context, _start_worker, (os.getpid(), chosen.to_str(), threads, done)
-    )
+    workers = [_Worker(threads=-(-cores() // count)) for _ in range(count)]
+    waiting = sorted(tasks, key=lambda task: task.reader.identity.size)  # the largest first
+    found, done = {}, 0
     try:
-        largest_first = sorted(tasks, key=lambda task: -task.reader.identity.size)
-        futures: dict[Future, Task] = {pool.submit(_work, t): t for t in largest_first}
-        pending, found = set(futures), {}
-        while pending:
-            finished, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
-            progress.update(done.value)
-            for future in finished:
-                found[futures[future].directory] = future.result()
+        busy = {}
+        for worker in workers:
+            worker.connection.send(chosen.to_str())
+            busy[worker.connection] = waiting.pop()
+            worker.connection.send(busy[worker.connection])
+        while busy:
+            for connection in wait(list(busy), timeout=0.5):
+                kind, value = connection.recv()
+                if kind == "error":
+                    raise value
+                if kind == "read":
+                    done += value
+                    continue
+                found[busy.pop(connection).directory] = value
+                if waiting:
+                    busy[connection] = waiting.pop()
+                    connection.send(busy[connection])
+            progress.update(done)
         return found
-    except BrokenProcessPool as error:
+    except (EOFError, ConnectionError) as error:
         raise ResourceError(
             "a process that tokenizes was killed, perhaps for lack of memory; start again (what is "
             "finished stays), with fewer of them: prepare.py --workers 1"
         ) from error
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in workers:
+            worker.connection.close()
+            worker.process.kill()
+            worker.process.wait()
 
 
-def _start_worker(parent: int, tokenizer_json: str, threads: int, done: Any) -> None:
-    """Prepare a worker process, which ends when its parent does, however that ends."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
+def serve(number: int) -> None:
+    """What a worker process does: tokenize each file that its parent names.
+
+    Args:
+        number: the descriptor of its end of the connection.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
-    os.environ["RAYON_NUM_THREADS"] = str(threads)  # of the library, read at its first batch
-    chosen = tokenizer.for_documents(Tokenizer.from_str(tokenizer_json))
-    _worker.update(tokenizer=chosen, done=done)
+    connection = Connection(number)
+    chosen = tokenizer.for_documents(Tokenizer.from_str(connection.recv()))
+    tasks: queue.SimpleQueue[Task] = queue.SimpleQueue()
 
+    def receive() -> None:
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                tasks.put(connection.recv())
+        os._exit(1)  # the parent has ended, however that was
 
-def _work(task: Task) -> FileTokens:
-    """Tokenize a file in a worker process."""
-    before = 0
+    threading.Thread(target=receive, daemon=True).start()
+    while True:
+        task, before = tasks.get(), 0
 
-    def report(offset: int) -> None:
-        nonlocal before
-        with _worker["done"].get_lock():
-            _worker["done"].value += offset - before
-        before = offset
+        def report(offset: int, last: bool = False) -> None:
+            nonlocal before
+            if offset - before >= REPORTED or last:
+                connection.send(("read", offset - before))
+                before = offset
 
-    reader = dataclasses.replace(task.reader, report=report)
-    return shards.tokenize(reader, _worker["tokenizer"], task.directory)
+        reader = dataclasses.replace(task.reader, report=report)
+        try:
+            found = shards.tokenize(reader, chosen, task.directory)
+            report(reader.identity.size, last=True)
+            connection.send(("done", found))
+        except Exception as error:
+            connection.send(("error", error))

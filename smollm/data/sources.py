@@ -39,6 +39,10 @@ class Findings:
     inside: int = 0  # separators of a text that do not stand alone on their line
 
 
+def _no_report(offset: int) -> None:
+    """Nobody wants to know."""
+
+
 @dataclass(frozen=True)
 class Reader:
     """Reads the documents of one file.
@@ -57,7 +61,7 @@ class Reader:
     text_key: str
     max_bad_rows: int
     findings: Findings = field(default_factory=Findings)
-    report: Report = lambda offset: None
+    report: Report = _no_report
 
     def pieces(self, longest: int | None = None) -> Iterator[Piece]:
         """The documents in order, in pieces; see `documents.pieces` for `longest`.

@@ -10,65 +10,24 @@ Each is named by a hash of what it was made from, and is whole or not there (ato
 import contextlib
 import errno
 from collections.abc import Iterator
-from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer
 
 from smollm import atomic
 from smollm.config import Config
-from smollm.data import files, heldout, learning, parallel, shards, tokenizer
+from smollm.data import corpus, files, learning, parallel, shards, tokenizer
+from smollm.data.corpus import Corpus, HashedFile, check_length
 from smollm.data.documents import SEPARATOR
 from smollm.data.files import Source
-from smollm.data.hashes import Hashes, Identity, identity
+from smollm.data.hashes import Hashes, identity
 from smollm.data.parallel import Progress, Task
-from smollm.data.shards import FileTokens, Shard, Tokens, key
+from smollm.data.shards import FileTokens, key
 from smollm.data.sources import Reader, refusal
 from smollm.data.tokenizer import Log
 from smollm.errors import InputError
 
 VERIFIED = 256_000_000  # bytes of tokens up to which every start reads them to verify them
-
-
-@dataclass(frozen=True)
-class Part:
-    """The tokens of one source."""
-
-    name: str  # as it was given
-    train: Tokens
-    validation: Tokens  # empty where data.validation_file is the held-out text
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """A tokenized input: what training reads."""
-
-    train: Tokens  # of all sources, one after the other
-    parts: tuple[Part, ...]  # one for each source, and one for data.validation_file
-    tokenizer: Tokenizer
-    documents: int
-    text_bytes: int  # of the documents' texts, in UTF-8
-    fingerprint: dict[str, Any]  # of the text, the tokenizer and the split
-
-    @property
-    def held_out(self) -> list[Part]:
-        """The parts with held-out tokens."""
-        return [part for part in self.parts if len(part.validation)]
-
-    @property
-    def tokens(self) -> int:
-        """All tokens, held out or not."""
-        return len(self.train) + sum(len(part.validation) for part in self.parts)
-
-    def conservation(self) -> str:
-        """The line that shows that no token was dropped."""
-        documents = "1 document" if self.documents == 1 else f"{self.documents:,} documents"
-        return (
-            f"{self.fingerprint['text_bytes']:,} bytes, {documents}, {self.tokens:,} tokens "
-            f"= {len(self.train):,} train + {self.tokens - len(self.train):,} validation"
-        )
 
 
 def prepare(
@@ -92,14 +51,14 @@ def prepare(
     sources = files.find([*data.input_files, *validation], log)
     try:
         with _locked(cache, log):
-            corpus = _prepare(config, sources, tokenizer_json, log, workers)
+            found = _prepare(config, sources, tokenizer_json, log, workers)
     except OSError as error:
         raise InputError(
             f"data.cache_dir {cache}: {error.strerror or error} ({error.filename or 'there'}); "
             "make room there or name another directory; what is tokenized stays"
         ) from error
-    _check_length(corpus, config)
-    return corpus
+    check_length(found, config)
+    return found
 
 
 @contextlib.contextmanager
@@ -130,18 +89,10 @@ def _prepare(
     with contextlib.suppress(PermissionError):
         hashes.save()
     _check_rows(found, config.data.max_bad_rows, log)
-    return _corpus(config, sources, hashed, found, chosen)
+    return corpus.build(config, sources, hashed, found, chosen)
 
 
-@dataclass(frozen=True)
-class _Hashed:
-    """A file as it was when it was hashed."""
-
-    identity: Identity
-    sha256: str
-
-
-def _hash(sources: list[Source], hashes: Hashes, log: Log) -> dict[Path, _Hashed]:
+def _hash(sources: list[Source], hashes: Hashes, log: Log) -> dict[Path, HashedFile]:
     """The hash of each file, remembered or new."""
     found, done = {}, 0
     paths = [path for source in sources for path in source.files]
@@ -152,13 +103,13 @@ def _hash(sources: list[Source], hashes: Hashes, log: Log) -> dict[Path, _Hashed
     with Progress("reading", sum(i.size for i in identities.values()), log) as progress:
         for path in paths:
             with files.reading(path):
-                found[path] = _Hashed(identities[path], hashes.sha256(path))
+                found[path] = HashedFile(identities[path], hashes.sha256(path))
             done += identities[path].size
             progress.update(done)
     return found
 
 
-def _reader(config: Config, path: Path, hashed: dict[Path, _Hashed]) -> Reader:
+def _reader(config: Config, path: Path, hashed: dict[Path, HashedFile]) -> Reader:
     data = config.data
     kind = files.kind_of(path)
     return Reader(path, hashed[path].identity, kind, data.text_key, data.max_bad_rows)
@@ -168,7 +119,7 @@ def _reader(config: Config, path: Path, hashed: dict[Path, _Hashed]) -> Reader:
 
 
 def _choose_tokenizer(
-    config: Config, sources: list[Source], hashed: dict[Path, _Hashed],
+    config: Config, sources: list[Source], hashed: dict[Path, HashedFile],
     tokenizer_json: str | None, log: Log,
 ) -> Tokenizer:  # fmt: skip
     """The tokenizer that the configuration or a checkpoint asks for."""
@@ -182,7 +133,7 @@ def _choose_tokenizer(
 
 
 def _learned_tokenizer(
-    config: Config, sources: list[Source], hashed: dict[Path, _Hashed], log: Log
+    config: Config, sources: list[Source], hashed: dict[Path, HashedFile], log: Log
 ) -> Tokenizer:
     """A tokenizer learned from the training part of the text, or the cached one."""
     data, fraction = config.data, config.data.validation_fraction
@@ -223,7 +174,7 @@ def _check_vocabulary(chosen: Tokenizer, config: Config, log: Log) -> None:
 
 
 def _tokens_of_files(
-    config: Config, hashed: dict[Path, _Hashed], chosen: Tokenizer, hashes: Hashes, log: Log,
+    config: Config, hashed: dict[Path, HashedFile], chosen: Tokenizer, hashes: Hashes, log: Log,
     workers: int | None,
 ) -> dict[Path, FileTokens]:  # fmt: skip
     """The tokens of each file from the cache, where what is missing is tokenized first."""
@@ -281,72 +232,3 @@ def _check_rows(found: dict[Path, FileTokens], most: int, log: Log) -> None:
             )
     if empty:
         log(f"{empty:,} empty documents left out")
-
-
-# --- the corpus ----------------------------------------------------------------------------------
-
-
-def _corpus(
-    config: Config, sources: list[Source], hashed: dict[Path, _Hashed],
-    found: dict[Path, FileTokens], chosen: Tokenizer,
-) -> Corpus:  # fmt: skip
-    """The tokens of all files as one training part and the held-out parts."""
-    encoder = tokenizer.for_documents(chosen)
-    parts, made_of = [], []
-    for source in sources:
-        all_shards, tokens = _tokens_of_source(source, found)
-        cut = len(tokens)
-        if not config.data.validation_file:
-            cut = heldout.offset(all_shards, config.data.validation_fraction, encoder)
-        elif source is sources[-1]:
-            cut = 0
-        parts.append(Part(source.name, tokens.part(0, cut), tokens.part(cut, len(tokens))))
-        made_of.append(([shard.hashes[shards.TOKENS] for shard in all_shards], len(tokens), cut))
-    texts = [[hashed[path].sha256 for path in source.files] for source in sources]
-    is_one = len(hashed) == 1  # as fingerprints were when an input was one file
-    fingerprint = {
-        "text_sha256": texts[0][0] if is_one else key(texts),
-        "text_bytes": sum(file.identity.size for file in hashed.values()),
-        "tokenizer_sha256": sha256(chosen.to_str().encode()).hexdigest(),
-        "validation_fraction": config.data.validation_fraction,
-        "tokens": key(made_of),
-    }
-    every = [shard for path in hashed for shard in found[path].shards]
-    return Corpus(
-        train=Tokens(part for each in parts for part in each.train.parts),
-        parts=tuple(parts),
-        tokenizer=chosen,
-        documents=sum(shard.documents for shard in every),
-        text_bytes=sum(shard.bytes for shard in every),
-        fingerprint=fingerprint,
-    )
-
-
-def _tokens_of_source(source: Source, found: dict[Path, FileTokens]) -> tuple[list[Shard], Tokens]:
-    """The shards and the tokens of all files of a source.
-
-    Its last document gets no end-of-text where it is a text's that has no separator at its end.
-    """
-    in_order = [found[path] for path in source.files if found[path].shards]
-    every = [shard for file in in_order for shard in file.shards]
-    tokens = Tokens((shard.directory / shards.TOKENS, 0, shard.tokens) for shard in every)
-    is_open = bool(in_order) and in_order[-1].open_end
-    return every, tokens.part(0, len(tokens) - is_open)
-
-
-def _check_length(corpus: Corpus, config: Config) -> None:
-    """The training part must hold a window, each held-out part a prediction."""
-    least, given = config.data.sequence_length + 1, ", ".join(config.data.input_files)
-    if len(corpus.train) < least:
-        raise InputError(
-            f"{given}: has {len(corpus.train):,} training tokens, fewer than one window of "
-            f"data.sequence_length + 1 = {least:,}; use a longer text or a shorter window"
-        )
-    of_file = config.data.validation_file is not None
-    for part in corpus.parts[-1:] if of_file else corpus.parts:
-        if len(part.validation) < 2:
-            larger = "" if of_file else " or a larger data.validation_fraction"
-            raise InputError(
-                f"{part.name}: leaves {len(part.validation)} held-out tokens, and 2 are needed; "
-                f"use a longer text{larger}"
-            )

@@ -27,8 +27,8 @@ from smollm.checkpoint import huggingface, state, store
 from smollm.checkpoint.writer import Writer
 from smollm.config import Config, to_dict
 from smollm.data.batches import TokenDataset, validation_batches
+from smollm.data.corpus import Corpus
 from smollm.data.shards import Tokens
-from smollm.data.token_cache import Corpus
 from smollm.data.tokenizer import PAD, end_token
 from smollm.errors import DivergedError
 from smollm.hardware import Hardware

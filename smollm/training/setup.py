@@ -16,7 +16,7 @@ from smollm.checkpoint.writer import Writer
 from smollm.config import Config, to_dict
 from smollm.data import token_cache
 from smollm.data.batches import Position, TokenDataset
-from smollm.data.token_cache import Corpus
+from smollm.data.corpus import Corpus
 from smollm.errors import (
     ConfigError,
     InputError,
@@ -263,8 +263,8 @@ def describe(run: Run) -> list[str]:
         *([("compile", f"no: {why}")] if (why := run.hardware.compile_reason) else []),
         ("parameters", f"{count.total:,} ({count.matrices:,} in matrices)"),
         *([("memory", expected_memory(run))] if run.hardware.device.type == "cuda" else []),
-        ("data", run.corpus.conservation()),
-        *_parts(run),
+        *run.corpus.rows(),
+        *_evaluated(run),
         (
             "batch",
             f"{micro_batch} sequences x {accumulation} accumulation{processes} x "
@@ -284,14 +284,9 @@ def describe(run: Run) -> list[str]:
     return lines
 
 
-def _parts(run: Run) -> Iterator[tuple[str, str]]:
-    """The rows about the parts of the text, where there are several or not all is evaluated."""
-    parts = run.corpus.parts
-    if len(parts) > 1:
-        for number, part in enumerate(parts):
-            train, validation = len(part.train), len(part.validation)
-            yield f"  {number}", f"{part.name}: {train:,} train + {validation:,} validation tokens"
-    held_out = sum(len(part.validation) for part in parts)
+def _evaluated(run: Run) -> Iterator[tuple[str, str]]:
+    """A row that says so where not all held-out text is evaluated."""
+    held_out = run.corpus.tokens - len(run.corpus.train)
     used = sum(len(tokens) for tokens in run.held_out.values())
     if used < held_out:
         yield (

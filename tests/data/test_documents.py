@@ -384,4 +384,4 @@ def test_a_long_text_shows_progress(tmp_path, settings, monkeypatch):
     prepare(settings("train"), write(tmp_path, BODY * 200), log=lines.append)
     for what in ("reading", "learning", "tokenizing"):
         assert any(f"{what}: 1 of 2 MB, " in line for line in lines), lines
-    assert all(" MB/s, " in line and " min left" in line for line in lines if " of 2 MB" in line)
+    assert all(" MB/s, " in line and " left" in line for line in lines if " of 2 MB" in line)

@@ -1,0 +1,374 @@
+"""Tokenized once: shards that a kill, a new file or another split leave alone."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_helpers import BODY, held_out, prepare, start_prepare, tokens_of
+from helpers import ROOT, call, environment, train, write_tiny
+
+from smollm.data import learning, shards
+from smollm.data.documents import SEPARATOR
+from smollm.data.shards import Tokens
+from smollm.errors import InputError
+
+SHARD = 30_000  # characters, for texts of a few hundred thousand
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards of SHARD characters, encoded a third at a time."""
+    monkeypatch.setattr(shards, "SHARD", SHARD)
+    monkeypatch.setattr(shards, "BATCH", SHARD // 3)
+
+
+def corpus_of(folder: Path, prose: str, count: int = 3) -> Path:
+    """A folder of JSON lines: `count` files of some 100,000 characters each."""
+    folder.mkdir()
+    documents = prose[: count * 100_000].split(SEPARATOR)
+    for number in range(count):
+        rows = documents[number::count]
+        lines = [json.dumps({"text": f"{number} {row}"}) + "\n" for row in rows]
+        (folder / f"part-{number}.jsonl").write_text("".join(lines))
+    return folder
+
+
+def made(cache: Path) -> dict[str, tuple[int, int]]:
+    """Every token file of a cache, with what tells whether it was made anew."""
+    files = [path for path in cache.glob("tokens-*/shard_*/tokens.npy")]
+    return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
+
+
+def kept(before: Iterable, cache: Path) -> set[str]:
+    """The token files that are still what they were."""
+    now = made(cache)
+    return {path for path, identity in before.items() if now.get(path) == identity}
+
+
+def test_shards_hold_what_one_shard_would(tmp_path, settings, prose, monkeypatch):
+    """However small the shards: the same tokens, held out at the same place."""
+    folder = corpus_of(tmp_path / "in", prose)
+    one = prepare(settings(), folder)
+    for size in (200, 7_000, SHARD):
+        monkeypatch.setattr(shards, "SHARD", size)
+        for fraction in (0.05, 0.31):
+            cache = str(tmp_path / f"cache-{size}")
+            single = prepare(settings(validation_fraction=fraction), folder)
+            many = prepare(settings(validation_fraction=fraction, cache_dir=cache), folder)
+            assert len(made(Path(cache))) > 3
+            assert tokens_of(many) == tokens_of(one)
+            assert len(many.train) == len(single.train)
+            assert (many.documents, many.text_bytes) == (one.documents, one.text_bytes)
+
+
+def test_the_index_has_the_bytes_of_each_document(tmp_path, settings, prose, small_shards):
+    """A row for each piece: tokens, bytes and characters, which add up to those of documents."""
+    documents = ["caf\u00e9 \U0001f600\n", "word " * 30_000, "end"]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    corpus = prepare(settings(), path)
+    paths = sorted((tmp_path / "cache").glob("tokens-*/shard_*/pieces.npy"))
+    rows = np.concatenate([np.load(path) for path in paths])
+    last = np.flatnonzero(rows[:, 3])
+    sums = np.add.reduceat(rows[:, :3].astype(np.int64), [0, *(last[:-1] + 1)])
+    assert len(paths) == 3 and len(last) == 3
+    assert sums[:, 1].tolist() == [len(text.encode()) for text in documents]
+    assert sums[:, 2].tolist() == [len(text) + len(SEPARATOR) + 1 for text in documents]
+    encoded = [corpus.tokenizer.encode(text, add_special_tokens=False).ids for text in documents]
+    assert sums[:, 0].tolist() == [len(ids) + 1 for ids in encoded]
+
+
+@pytest.mark.parametrize("fault", ["batch:full:8", "hashed:error:3", "renamed:error:5"])
+def test_finished_shards_survive_a_failure(
+    tmp_path, settings, prose, small_shards, monkeypatch, fault
+):
+    """A disk that fills, an I/O error: the cache is named; what is finished is not made again."""
+    folder, cache = corpus_of(tmp_path / "in", prose), tmp_path / "cache"
+    reference = prepare(settings(cache_dir=str(tmp_path / "other")), folder)
+    monkeypatch.setenv("FAULT", f"cache.{fault}")
+    with pytest.raises(InputError, match=r"data.cache_dir .*what is tokenized stays") as caught:
+        prepare(settings(), folder)
+    assert os.strerror(errno.ENOSPC if "full" in fault else errno.EIO) in str(caught.value)
+    monkeypatch.delenv("FAULT")
+    before = made(cache)
+    assert before
+    assert tokens_of(prepare(settings(), folder)) == tokens_of(reference)
+    assert kept(before, cache) == set(before) and len(made(cache)) > len(before)
+    assert not list(cache.rglob(".tmp-*"))
+
+
+def test_a_kill_repeats_at_most_one_shard(tmp_path, settings, prose, small_tokenizer, small_shards):
+    """kill -9 over and over, each time a shard further: none that was there is made again."""
+    folder, cache = corpus_of(tmp_path / "in", prose), tmp_path / "cache"
+    source, code = f"tokenizer.source={small_tokenizer}", -signal.SIGKILL
+    kills, before = 0, {}
+    while code == -signal.SIGKILL:
+        kills += 1
+        assert kills < 20
+        point = ("batch:kill:4", "manifest:kill:1", "renamed:kill:2")[kills % 3]
+        started = start_prepare(tmp_path, folder, source, FAULT=f"cache.{point}", SHARD=str(SHARD))
+        started.communicate(timeout=60)
+        code = started.returncode
+        assert kept(before, cache) == set(before)
+        before = made(cache)
+    assert code == 0 and kills > 5
+    corpus = prepare(settings(), folder)
+    assert kept(before, cache) == set(before) and not list(cache.rglob(".tmp-*"))
+    other = prepare(settings(cache_dir=str(tmp_path / "other")), folder)
+    assert tokens_of(corpus) == tokens_of(other)
+
+
+def test_only_a_new_or_changed_file_is_tokenized(tmp_path, settings, prose, small_shards):
+    """A file is added, one is changed, one is renamed, one is removed; another split."""
+    folder, cache = corpus_of(tmp_path / "in", prose), tmp_path / "cache"
+    prepare(settings(), folder)
+    before = made(cache)
+    (folder / "part-0b.txt").write_text(BODY * 9)
+    corpus = prepare(settings(), folder)
+    assert kept(before, cache) == set(before)
+    assert len(made(cache)) == len(before) + 2 and corpus.documents == prepare_count(folder)
+    before = made(cache)
+    with open(folder / "part-1.jsonl", "a") as file:
+        file.write(json.dumps({"text": "one more"}) + "\n")
+    (folder / "part-2.jsonl").rename(folder / "part-9.jsonl")
+    (folder / "part-0.jsonl").unlink()
+    corpus = prepare(settings(validation_fraction=0.1), folder)
+    new = [path for path in made(cache) if path not in before]
+    assert kept(before, cache) == set(before) and len({Path(p).parents[1] for p in new}) == 1
+    assert corpus.documents == prepare_count(folder)
+    text = corpus.tokenizer.decode(tokens_of(corpus))
+    first, _, last = text.partition("one more")
+    assert first.startswith("Line 0 of a text") and last.startswith("2 ")
+
+
+def prepare_count(folder: Path) -> int:
+    """The documents of a folder of JSON lines and texts of one document."""
+    files = sorted(folder.iterdir())
+    return sum(p.read_text().count("\n") if p.suffix == ".jsonl" else 1 for p in files)
+
+
+def test_a_learned_tokenizer_is_learned_anew_and_said(tmp_path, settings, prose):
+    """tokenizer.source train: a file more is another text, and all of it is tokenized again."""
+    folder, lines = corpus_of(tmp_path / "in", prose), []
+    prepare(settings("train"), folder, log=lines.append)
+    assert not [line for line in lines if "learned" in line]
+    before = made(tmp_path / "cache")
+    (folder / "more.txt").write_text("zumpelfratz quibblewick " * 200)
+    corpus = prepare(settings("train"), folder, log=lines.append)
+    assert [line for line in lines if "is learned from it, and all of it is tokenized" in line]
+    assert len(made(tmp_path / "cache")) == 2 * len(before) + 1
+    assert any("zumpelfratz" in entry for entry in corpus.tokenizer.get_vocab())
+
+
+def test_a_tokenizer_learns_from_a_sample_spread_over_a_long_text(
+    tmp_path, settings, prose, monkeypatch
+):
+    """At most so many bytes, from the beginning to the end of the training part, none after it."""
+    monkeypatch.setattr(learning, "LEARN_BYTES", 300_000)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    rng = random.Random(2)
+    words = ["".join(rng.choices("abcdefghijklmnop", k=9)) for _ in range(50)]
+    for number in range(5):
+        rows = [
+            f"{words[10 * number + row // 10]} {row} of the text.\n" * 100 for row in range(100)
+        ]
+        lines = [json.dumps({"text": row}) + "\n" for row in rows]
+        (folder / f"{number}.jsonl").write_text("".join(lines))
+    corpus = prepare(settings("train", 2000, validation_fraction=0.1), folder)
+    entries = {entry.lstrip("\u0120") for entry in corpus.tokenizer.get_vocab()}
+    known = [word in entries for word in words]
+    assert sum(known[:40]) >= 35 and all(any(known[i : i + 5]) for i in range(0, 40, 5))
+    assert not any(known[45:])
+
+
+def test_an_open_run_reads_no_text(tmp_path, settings):
+    """A hash is remembered with size, time and inode, once the file has not just been changed."""
+    path = tmp_path / "a.txt"
+    path.write_text(BODY)
+    settled = time.time_ns() - 10**10
+    os.utime(path, ns=(settled, settled))
+    first = prepare(settings(), path)
+    with open(path, "r+") as file:
+        file.write("Lime")
+    os.utime(path, ns=(settled, settled))
+    assert prepare(settings(), path).fingerprint == first.fingerprint  # it was not read
+    os.utime(path, ns=(settled + 1, settled + 1))
+    assert prepare(settings(), path).fingerprint != first.fingerprint
+    with open(path, "r+") as file:  # it was changed just now: another change could look the same
+        file.write("Line")
+    now = path.stat().st_mtime_ns
+    assert prepare(settings(), path).fingerprint == first.fingerprint
+    with open(path, "r+") as file:
+        file.write("Lime")
+    os.utime(path, ns=(now, now))
+    assert prepare(settings(), path).fingerprint != first.fingerprint
+
+
+def test_damaged_remembered_hashes_are_forgotten(tmp_path, settings):
+    """Whatever hashes.json holds, nothing breaks and nothing wrong is believed."""
+    path = tmp_path / "a.txt"
+    path.write_text(BODY)
+    good = prepare(settings(), path).fingerprint
+    for content in ("", "[]", "{", '{"a": 1}', json.dumps({str(path): [1, 2]}), "[" * 99_999):
+        (tmp_path / "cache/hashes.json").write_text(content)
+        assert prepare(settings(), path).fingerprint == good
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_tokens_of_several_files_are_one_array(tmp_path, seed):
+    """Any slice, and any part, is that of the concatenated arrays."""
+    rng = np.random.default_rng(seed)
+    parts, arrays = [], []
+    for number in range(12):
+        array = rng.integers(0, 60_000, rng.integers(1, 40)).astype(np.uint16)
+        np.save(path := tmp_path / f"{number}.npy", array)
+        start, stop = sorted(rng.integers(0, len(array) + 1, 2).tolist())
+        parts.append((path, start, stop))
+        arrays.append(array[start:stop])
+    whole, tokens = np.concatenate(arrays), Tokens(parts)
+    assert len(tokens) == len(whole) and np.array_equal(np.asarray(tokens), whole)
+    for _ in range(300):
+        a, b = rng.integers(-3, len(whole) + 5, 2).tolist()
+        assert np.array_equal(tokens[a:b], whole[a:b])
+        a, b = sorted((max(a, 0), max(b, 0)))
+        assert np.array_equal(tokens.part(a, b)[:], whole[a:b])
+    assert tokens[:1].dtype == np.uint16
+
+
+# --- on all cores --------------------------------------------------------------------------------
+
+
+def prepare_py(directory: Path, *words: str) -> list[str]:
+    """The command line of prepare.py for the folder `in`."""
+    if not (directory / "tiny.yaml").exists():
+        write_tiny(directory)
+    script = str(ROOT / "prepare.py")
+    return [sys.executable, script, "--config", "tiny.yaml", "--input_file", "in", *words]
+
+
+def test_several_processes_make_the_same_tokens(tmp_path, prose):
+    """--workers 3 and one alone; what a worker finds wrong is named as one alone would."""
+    corpus_of(tmp_path / "in", prose, 4)
+    (tmp_path / "in/copy.jsonl").write_bytes((tmp_path / "in/part-1.jsonl").read_bytes())
+    three = call(tmp_path, prepare_py(tmp_path, "--workers", "3", "data.cache_dir=three"))
+    assert three.returncode == 0, three.stdout
+    one = call(tmp_path, prepare_py(tmp_path, "--workers", "1"))
+    assert one.stdout == three.stdout.replace("three", "cache")
+    digests = [
+        sorted(path.read_bytes() for path in (tmp_path / cache).glob("tokens-*/*/tokens.npy"))
+        for cache in ("three", "cache")
+    ]
+    assert digests[0] == digests[1] and len(digests[0]) == 4
+    with open(tmp_path / "in/part-2.jsonl", "a") as file:
+        file.write("{")
+    bad = call(tmp_path, prepare_py(tmp_path, "--workers", "3", "data.cache_dir=bad"))
+    assert bad.returncode == 3, bad.stdout
+    assert re.fullmatch(
+        r"error: in/part-2.jsonl: line \d+ is not JSON .*max_bad_rows\n", bad.stdout
+    )
+
+
+@pytest.mark.parametrize("victim", ["worker", "parent"])
+def test_a_killed_process_takes_the_others_along(tmp_path, prose, small_tokenizer, victim):
+    """kill -9 of a worker is one line with the way out; of the parent: no worker lives on."""
+    corpus_of(tmp_path / "in", prose)
+    source = f"tokenizer.source={small_tokenizer}"
+    process = subprocess.Popen(
+        prepare_py(tmp_path, "--workers", "2", source), cwd=tmp_path,
+        env=environment(FAULT="cache.batch:sleep:1+"), text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    deadline = time.monotonic() + 30
+    while len(list(tmp_path.glob("cache/tokens-*/.tmp-shard_*"))) < 2:
+        time.sleep(0.05)
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+    workers = [int(word) for word in children.read_text().split()]
+    assert len(workers) == 2
+    os.kill(workers[0] if victim == "worker" else process.pid, signal.SIGKILL)
+    output = process.communicate(timeout=30)[0]
+    if victim == "worker":
+        assert process.returncode == 3
+        assert output.startswith("error: a process that tokenizes was killed"), output
+    while any(alive(worker) for worker in workers):
+        time.sleep(0.05)
+        assert time.monotonic() < deadline
+    done = call(tmp_path, prepare_py(tmp_path, source))
+    assert done.returncode == 0, done.stdout
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("how", ["removed", "replaced"])
+def test_a_file_that_goes_away_meanwhile_is_named(tmp_path, how):
+    """Exit 3, and its half-made tokens are never taken for those of the text as it was."""
+    write_tiny(tmp_path)
+    (tmp_path / "in").mkdir()
+    text = (tmp_path / "text.txt").read_text()
+    (tmp_path / "in/a.txt").write_text(text)
+    process = subprocess.Popen(
+        prepare_py(tmp_path), cwd=tmp_path, env=environment(FAULT="cache.batch:sleep:1"), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    while not list(tmp_path.glob("cache/tokens-*/.tmp-shard_*")):
+        time.sleep(0.02)
+        assert process.poll() is None
+    if how == "removed":
+        (tmp_path / "in/a.txt").unlink()
+    else:
+        shutil.copy(tmp_path / "text.txt", tmp_path / "new")
+        os.replace(tmp_path / "new", tmp_path / "in/a.txt")
+    output = process.communicate(timeout=30)[0]
+    assert process.returncode == 3 and "error: in/a.txt: " in output, output
+    assert ("removed meanwhile" if how == "removed" else "was changed while") in output
+    assert not list(tmp_path.glob("cache/tokens-*/shard_*"))
+
+
+def test_a_resume_with_a_grown_folder(tmp_path, prose):
+    """Refused as another input; with data.allow_changed_input the checkpoint's tokenizer serves,
+    and only the new file is tokenized."""
+    write_tiny(tmp_path)
+    corpus_of(tmp_path / "in", prose)
+    words = ("--input_file", "in", "--resume", "auto", "--train_steps")
+    assert train(tmp_path, *words, "2").returncode == 0
+    before = made(tmp_path / "cache")
+    (tmp_path / "in/more.txt").write_text(BODY)
+    refused = train(tmp_path, *words, "4")
+    assert refused.returncode == 3 and "was trained on another input" in refused.stdout
+    done = train(tmp_path, *words, "4", "data.allow_changed_input=true")
+    assert done.returncode == 0, done.stdout
+    assert kept(before, tmp_path / "cache") == set(before)
+    assert len(made(tmp_path / "cache")) == len(before) + 1
+
+
+def test_held_out_tokens_are_not_trained_on(tmp_path, settings, prose, small_shards):
+    """The training part and the held-out part are disjoint runs of one stream."""
+    corpus = prepare(settings(validation_fraction=0.2), corpus_of(tmp_path / "in", prose))
+    whole = np.concatenate([np.load(p) for p in sorted_shards(corpus)])
+    assert np.array_equal(whole, np.concatenate([corpus.train[:], held_out(corpus)]))
+
+
+def sorted_shards(corpus) -> list[Path]:
+    """The token files of a corpus of one source, each once, in order."""
+    paths = [part[0] for part in (*corpus.train.parts, *corpus.parts[0].validation.parts)]
+    return list(dict.fromkeys(paths))
