@@ -289,13 +289,10 @@ def _check(arguments: argparse.Namespace, config: Config) -> None:
             "pip install -r requirements-dev.txt, or leave --peer out"
         )
     if "tokenize" in arguments.only:
-        given = [
-            path for source in files.find(config.data.input_files, print) for path in source.files
-        ]
-        if len(given) != 1 or files.kind_of(given[0]) != "text":
-            raise ConfigError(
-                "--input_file: benchmark.py tokenizes copies of one text file; name one"
-            )
+        given = [path for s in files.find(config.data.input_files, print) for path in s.files]
+        plain = len(given) == 1 and str(given[0]) == config.data.input_files[0]
+        if not plain or files.is_compressed(given[0]) or files.kind_of(given[0]) != "text":
+            raise ConfigError("--input_file: copies of one text file are tokenized; name one")
     if arguments.json and arguments.json.is_dir():
         raise ConfigError(f"--json {arguments.json}: is a directory; name a file")
     if arguments.json and not arguments.json.parent.is_dir():

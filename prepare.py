@@ -8,22 +8,27 @@ The tokens are kept in data.cache_dir, where train.py finds them: give it the sa
 that has grown only the new files are tokenized.
 """
 
+from __future__ import annotations
+
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if __name__ == "__main__":  # PYTHONSAFEPATH leaves the script's folder out
     sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from smollm import cli
 from smollm.config import Config
-from smollm.data import token_cache
-from smollm.data.batches import TokenDataset
-from smollm.data.corpus import Corpus
 from smollm.signals import StopSignals
+
+if TYPE_CHECKING:
+    from smollm.data.corpus import Corpus
 
 
 def describe(corpus: Corpus, config: Config) -> list[str]:
     """What was tokenized, and what a run with this configuration would make of it."""
+    from smollm.data.batches import TokenDataset
+
     data, steps = config.data, config.training.train_steps
     dataset = TokenDataset(
         corpus.train, data.sequence_length, config.sequences_per_step, config.training.seed
@@ -54,12 +59,14 @@ def main(argv: list[str] | None = None) -> int:
     cli.add_inputs(parser)
     parser.add_argument(
         "--workers", type=cli.positive_integer, metavar="N",
-        help="processes that tokenize, a file at a time each (as many as there are cores, at most "
-        "8; the cores that are left over are shared out among them)",
+        help="processes that tokenize, one file at a time each, with a share of the cores each (as "
+        "many as there are cores, at most 4)",
     )  # fmt: skip
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     with StopSignals():
         arguments, config = cli.parse(parser, argv)
+        from smollm.data import token_cache  # what it needs may be missing: `execute` says so
+
         corpus = token_cache.prepare(config, log=cli.say, workers=arguments.workers)
         for line in describe(corpus, config):
             cli.say(line)

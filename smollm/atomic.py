@@ -184,12 +184,19 @@ def nearest(path: Path) -> Path:
 # --- files ---------------------------------------------------------------------------------------
 
 
-def sha256(path: Path) -> str:
-    """The sha256 of a file's content, in hexadecimal."""
-    digest = hashlib.sha256()
+def sha256(path: Path, report: Callable[[int], None] | None = None) -> str:
+    """The sha256 of a file's content, in hexadecimal.
+
+    Args:
+        report: takes the number of bytes that were read so far.
+    """
+    digest, size = hashlib.sha256(), 0
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
+            size += len(block)
+            if report:
+                report(size)
     return digest.hexdigest()
 
 

@@ -130,7 +130,9 @@ def _expected(field: dataclasses.Field, kind: Any) -> str:
         return f"{noun} from {low:.12g} to {high:.12g}"
     if kind == tuple[int, ...]:
         return f"a list of whole numbers from {low} to {high}, such as [500, 1000]"
-    return "a list of one or more texts" if kind == tuple[str, ...] else "a text"
+    return (
+        "a list of one or more texts, such as [one, two]" if kind == tuple[str, ...] else "a text"
+    )
 
 
 def _parse_scalar(text: str, kind: Any) -> Any:

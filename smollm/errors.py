@@ -50,9 +50,12 @@ class ConfigError(UserError):
 
 
 class InputError(UserError):
-    """The text or the tokenizer cannot be used."""
+    """The text or the tokenizer cannot be used. Names of files and keys may hold anything."""
 
     exit_code = 3
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class CheckpointError(UserError):

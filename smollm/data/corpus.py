@@ -8,10 +8,11 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from smollm.config import Config
-from smollm.data import heldout, shards, tokenizer
+from smollm.data import heldout, shards
 from smollm.data.files import Source
-from smollm.data.hashes import Identity
-from smollm.data.shards import FileTokens, Shard, Tokens, key
+from smollm.data.hashes import Identity, key
+from smollm.data.shards import FileTokens, Tokens
+from smollm.data.tokenizer import Encoder
 from smollm.errors import InputError
 
 
@@ -39,6 +40,12 @@ class Corpus:
     def tokens(self) -> int:
         """All tokens, held out or not."""
         return len(self.train) + sum(len(part.validation) for part in self.parts)
+
+    def held_out(self, most: int) -> dict[int, Tokens]:
+        """The held-out tokens by the number of their part; at most so many, shared out by size."""
+        parts = {n: part.validation for n, part in enumerate(self.parts) if len(part.validation)}
+        share = min(1.0, most / sum(len(tokens) for tokens in parts.values()))
+        return {n: tokens.part(0, max(2, int(len(tokens) * share))) for n, tokens in parts.items()}
 
     def conservation(self) -> str:
         """The line that shows that no token was dropped."""
@@ -68,50 +75,53 @@ class HashedFile:
 
 def build(
     config: Config, sources: list[Source], hashed: dict[Path, HashedFile],
-    found: dict[Path, FileTokens], chosen: Tokenizer,
+    found: dict[Path, FileTokens], tokenizer: Tokenizer,
 ) -> Corpus:  # fmt: skip
-    """The tokens of all files as one training part and the held-out parts."""
-    encoder = tokenizer.for_documents(chosen)
-    parts, made_of, validation_file = [], [], config.data.validation_file
+    """The corpus of tokens that are on the disk.
+
+    Args:
+        sources: of the input; where there is a data.validation_file it is the last.
+        found: the tokens of each file, which `tokenizer` made.
+    """
+    of_file, fraction = config.data.validation_file, config.data.validation_fraction
+    encoder = Encoder(tokenizer.to_str())
+    parts, made_of = [], []
     for source in sources:
-        all_shards, tokens = _tokens_of_source(source, found)
-        cut = len(tokens)
-        if not validation_file:
-            cut = heldout.offset(all_shards, config.data.validation_fraction, encoder)
-        elif source is sources[-1]:
-            cut = 0
-        parts.append(Part(source.name, tokens.part(0, cut), tokens.part(cut, len(tokens))))
-        made_of.append(([shard.hashes[shards.TOKENS] for shard in all_shards], len(tokens), cut))
-    texts = [[hashed[path].sha256 for path in source.files] for source in sources]
-    is_one = len(hashed) == 1  # as fingerprints were when an input was one file
-    fingerprint = {
-        "text_sha256": texts[0][0] if is_one else key(texts),
-        "text_bytes": sum(file.identity.size for file in hashed.values()),
-        "tokenizer_sha256": sha256(chosen.to_str().encode()).hexdigest(),
-        "validation_fraction": None if validation_file else config.data.validation_fraction,
-        "tokens": key(made_of),
-    }
-    every = [shard for path in hashed for shard in found[path].shards]
+        in_order = [found[path] for path in source.files if found[path].shards]
+        every = [shard for file in in_order for shard in file.shards]
+        count = sum(shard.tokens for shard in every)
+        cut = heldout.offset(every, fraction, encoder)
+        if of_file:
+            cut = 0 if source is sources[-1] else count
+        # A text that has no separator at its end has no end-of-text there, unless another follows.
+        if cut < count and in_order[-1].open_end:
+            count -= 1
+        tokens = Tokens((shard.directory / shards.TOKENS, 0, shard.tokens) for shard in every)
+        parts.append(Part(source.name, tokens.part(0, cut), tokens.part(cut, count)))
+        made_of.append(([shard.files[shards.TOKENS][-1] for shard in every], count, cut))
+    every = [shard for file in found.values() for shard in file.shards]
     return Corpus(
         train=Tokens(part for each in parts for part in each.train.parts),
         parts=tuple(parts),
-        tokenizer=chosen,
+        tokenizer=tokenizer,
         documents=sum(shard.documents for shard in every),
         text_bytes=sum(shard.bytes for shard in every),
-        fingerprint=fingerprint,
+        fingerprint={
+            **_text_fingerprint(sources, hashed),
+            "tokenizer_sha256": sha256(tokenizer.to_str().encode()).hexdigest(),
+            "validation_fraction": None if of_file else fraction,
+            "tokens": key(made_of),
+        },
     )
 
 
-def _tokens_of_source(source: Source, found: dict[Path, FileTokens]) -> tuple[list[Shard], Tokens]:
-    """The shards and the tokens of all files of a source.
-
-    Its last document gets no end-of-text where it is a text's that has no separator at its end.
-    """
-    in_order = [found[path] for path in source.files if found[path].shards]
-    every = [shard for file in in_order for shard in file.shards]
-    tokens = Tokens((shard.directory / shards.TOKENS, 0, shard.tokens) for shard in every)
-    is_open = bool(in_order) and in_order[-1].open_end
-    return every, tokens.part(0, len(tokens) - is_open)
+def _text_fingerprint(sources: list[Source], hashed: dict[Path, HashedFile]) -> dict[str, Any]:
+    """What tells one text from another; of one file as it was when an input was one file."""
+    texts = [[hashed[path].sha256 for path in source.files] for source in sources]
+    return {
+        "text_sha256": texts[0][0] if len(hashed) == 1 else key(texts),
+        "text_bytes": sum(file.identity.size for file in hashed.values()),
+    }
 
 
 def check_length(corpus: Corpus, config: Config) -> None:

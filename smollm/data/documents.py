@@ -1,7 +1,7 @@
 """Documents as a stream of pieces, and the rule for where the held-out part of a text begins.
 
-A piece is a document, or a part of a long one: memory does not grow with documents, and the pieces
-are tokenized on all cores. Lines `<|endoftext|>` separate the documents of a text file.
+A piece is a document, or a part of a long one: pieces are tokenized on all cores, and memory does
+not grow with the documents of a text file, which lines `<|endoftext|>` separate.
 """
 
 import re
@@ -28,6 +28,11 @@ class Piece(NamedTuple):
     ends: bool  # whether the document ends here
     length: int  # characters that it takes in a text file, a separator with its line included
 
+    @property
+    def bytes(self) -> int:
+        """Of its text, in UTF-8."""
+        return len(self.text) if self.text.isascii() else len(self.text.encode())
+
 
 def cut(document: str, longest: int | None) -> Iterator[Piece]:
     """The pieces of a whole document, which a separator would follow in a text file.
@@ -35,8 +40,11 @@ def cut(document: str, longest: int | None) -> Iterator[Piece]:
     Args:
         longest: see `pieces`.
     """
-    *first, last = _cut(document, longest)
-    yield from (Piece(text, False, len(text)) for text in first)
+    parts = _cut(document, longest)
+    last = next(parts)
+    for text in parts:
+        yield Piece(last, False, len(last))
+        last = text
     yield Piece(last, True, len(last) + SEPARATOR_LENGTH)
 
 
@@ -85,17 +93,18 @@ def pieces(blocks: Iterable[str], where: str, longest: int | None = None) -> Ite
         yield Piece(buffer, True, len(buffer))
 
 
-def _cut(text: str, longest: int | None) -> list[str]:
+def _cut(text: str, longest: int | None) -> Iterator[str]:
     """Cut a text into pieces of at most PIECE characters; the last one is empty if the text is."""
-    pieces = []
-    while longest is None and len(text) > PIECE:
-        word_end = _LAST_WORD_END.match(text, PIECE // 2, PIECE)
+    begin = 0
+    while longest is None and len(text) - begin > PIECE:
+        middle, most = begin + PIECE // 2, begin + PIECE
+        word_end = _LAST_WORD_END.match(text, middle, most)
         # Before a newline, so that a separator line that is not read whole keeps its line start.
-        newline = text.rfind("\n", PIECE // 2, PIECE)
-        end = word_end.end() if word_end else newline if newline > 0 else PIECE
-        pieces.append(text[:end])
-        text = text[end:]
-    return [*pieces, text]
+        newline = text.rfind("\n", middle, most)
+        end = word_end.end() if word_end else newline if newline > 0 else most
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]
 
 
 # --- where the held-out part begins --------------------------------------------------------------

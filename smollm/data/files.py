@@ -17,11 +17,12 @@ import re
 import shlex
 import stat
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from smollm.data.progress import Log
 from smollm.errors import InputError, first_line
 
 BLOCK = 1 << 20  # bytes read at once
@@ -32,12 +33,11 @@ ENDINGS = {
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 _MAGIC = (  # how a compressed file begins
     (re.compile(rb"\x1f\x8b\x08"), "gzip"),
-    (re.compile(rb"\x28\xb5\x2f\xfd"), "zstd"),
+    (re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"), "zstd"),  # and what pzstd writes
     (re.compile(rb"\xfd7zXZ\0"), "xz"),
     (re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"), "bzip2"),
 )
 _FORMATS = f"{', '.join(ENDINGS)}; the text ones also with {', '.join(COMPRESSED)}"
-Log = Callable[[str], None]
 
 
 # --- which files ---------------------------------------------------------------------------------
@@ -78,6 +78,8 @@ def find(entries: Iterable[str], log: Log) -> list[Source]:
 def _files(entry: str, log: Log) -> list[Path]:
     """The files of one entry, sorted."""
     path = Path(entry)
+    if not entry:
+        raise InputError("data.input_files: holds an empty name; name a file, a folder or a glob")
     if "://" in entry:
         raise InputError(f"{entry}: is a URL; download it, and name the file with --input_file")
     if path.is_dir():
@@ -121,6 +123,8 @@ def _reason(path: Path, by_glob: bool = False) -> str | None:
     """Why a file of a folder or glob is left out; None where it is taken."""
     if path.name.startswith(".") and not by_glob:
         return "hidden"
+    if path.is_symlink() and not path.exists():
+        return "broken links"
     with reading(path):
         status = path.stat()
         if stat.S_ISDIR(status.st_mode):
@@ -250,7 +254,10 @@ class _ZstdFile(io.RawIOBase):
             try:
                 self.ready = memoryview(self.frame.decompress(self.rest))
             except self.error as error:
-                raise OSError(str(error)) from error
+                long = (
+                    "; decompress it first with zstd -d --long=31" if "memory" in str(error) else ""
+                )
+                raise OSError(f"{error}{long}") from error
             self.rest = b""
             if self.frame.eof:
                 self.rest, self.frame = self.frame.unused_data, None
@@ -260,9 +267,9 @@ class _ZstdFile(io.RawIOBase):
 
 
 def is_compressed(path: Path) -> bool:
-    """Whether a file's content is larger than the file: Parquet is compressed inside."""
+    """Whether a file is compressed as a whole (Parquet is compressed inside)."""
     with reading(path), open(path, "rb") as raw:
-        return _compression(raw) is not None or raw.read(4) == b"PAR1"
+        return _compression(raw) is not None
 
 
 def _head(path: Path) -> bytes:

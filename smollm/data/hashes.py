@@ -1,17 +1,23 @@
-"""The sha256 of files, remembered as long as their size, time of change and inode stay the same."""
+"""Names for what was made from something, and the hashes of files, remembered while they last."""
 
 import contextlib
 import json
+import os
 import time
+from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from smollm import atomic
 
 NAME = "hashes.json"  # in the cache
-SETTLED = (
-    2_000_000_000  # ns since a file was changed; a change right after could have the same time
-)
+SETTLED = 2_000_000_000  # ns; a file changed again within less could show the same time
+
+
+def key(*made_from: Any) -> str:
+    """A name for what was made from these values."""
+    return sha256(repr(made_from).encode()).hexdigest()[:24]
 
 
 class Identity(NamedTuple):
@@ -24,47 +30,46 @@ class Identity(NamedTuple):
 
 def identity(path: Path) -> Identity:
     """The identity of a file as it is now."""
-    status = path.stat()
+    status = os.stat(path)
     return Identity(status.st_size, status.st_mtime_ns, status.st_ino)
 
 
 class Hashes:
-    """The hashes that a cache remembers; one that cannot be read remembers none."""
+    """The sha256 of the files of an input, remembered as long as their identity stays the same.
 
-    def __init__(self, cache: Path) -> None:
-        self.path = cache / NAME
-        self.known: dict[str, list] = {}
-        self.used: dict[str, list] = {}  # what is kept when it is saved
+    A memory that cannot be read holds nothing; one that cannot be written is said once.
+    """
+
+    def __init__(self, cache: Path, log: Callable[[str], None]) -> None:
+        self.path, self.log = cache / NAME, log
+        self.remembered: dict[str, list] = {}
         with contextlib.suppress(OSError, ValueError, RecursionError):
-            content = atomic.read_json(self.path)
-            self.known = content if isinstance(content, dict) else {}
+            content = json.loads(self.path.read_text("utf-8"))
+            self.remembered = content if isinstance(content, dict) else {}
+        self.changed = False
 
-    def sha256(self, path: Path, trust: bool = True) -> str:
-        """The sha256 of a file, read anew unless it is remembered.
-
-        Args:
-            trust: whether to take what is remembered.
-        """
-        before, name = identity(path), str(path.resolve())
-        entry = self.known.get(name)
-        if trust and isinstance(entry, list) and entry[:3] == list(before) and len(entry) == 4:
-            digest = entry[3]
-            self.used[name] = entry
-        else:
-            digest = atomic.sha256(path)
-            if time.time_ns() - before.modified > SETTLED:
-                self.used[name] = [*before, digest]
+    def sha256(self, path: Path, found: Identity, report: Callable[[int], None]) -> str:
+        """The sha256 of a file of this identity, read anew unless it is remembered."""
+        name, known = os.path.abspath(path), None
+        entry = self.remembered.get(name)
+        if isinstance(entry, list) and entry[:-1] == list(found):
+            known = entry[-1]
+        if isinstance(known, str):
+            return known
+        digest = atomic.sha256(path, report)
+        if time.time_ns() - found.modified > SETTLED:
+            self.remembered[name] = [*found, digest]
+            self.changed = True
         return digest
 
-    def add(self, path: Path, digest: str) -> None:
-        """Remember the hash of a file that this process has just written."""
-        self.used[str(path.resolve())] = [*identity(path), digest]
-
     def save(self) -> None:
-        """Keep what is remembered, also of files that were not asked for and are still there."""
-        if all(self.known.get(name) == entry for name, entry in self.used.items()):
+        """Keep what is remembered of files that are still there."""
+        if not self.changed:
             return
-        kept = {name: entry for name, entry in self.known.items() if Path(name).exists()}
-        content = {**kept, **self.used}
-        with atomic.replacing(self.path) as temporary:
-            temporary.write_text(json.dumps(content), encoding="utf-8")
+        kept = {name: entry for name, entry in self.remembered.items() if os.path.exists(name)}
+        try:
+            with atomic.replacing(self.path) as temporary:
+                temporary.write_text(json.dumps(kept), encoding="utf-8")
+        except OSError as error:
+            self.log(f"{self.path}: {error.strerror}; the next start hashes the text again")
+        self.changed = False

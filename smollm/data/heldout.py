@@ -8,19 +8,19 @@ offset, so that no text is read for it.
 from collections.abc import Sequence
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from smollm.data.documents import PIECE, best_boundary, next_break
 from smollm.data.shards import TOKENS, Shard
+from smollm.data.tokenizer import Encoder
 
 
-def offset(shards: Sequence[Shard], fraction: float, chosen: Tokenizer) -> int:
+def offset(shards: Sequence[Shard], fraction: float, encoder: Encoder) -> int:
     """The number of tokens before the held-out part of a source.
 
     Args:
         shards: of all files of the source, in order.
         fraction: of its characters, to be held out.
-        chosen: the tokenizer that made the tokens, as `tokenizer.for_documents` gives it.
+        encoder: made the tokens.
     """
     total = sum(shard.characters for shard in shards)
     starts = np.cumsum([0, *(shard.characters for shard in shards)])
@@ -32,7 +32,7 @@ def offset(shards: Sequence[Shard], fraction: float, chosen: Tokenizer) -> int:
     around = _around(shards, starts, tokens, at, target)
     if (best := best_boundary(total, fraction, around)) is not None:
         return around[best]
-    return int(tokens[at]) + _inside(shards[at], int(target) - int(starts[at]), chosen)
+    return int(tokens[at]) + _inside(shards[at], int(target) - int(starts[at]), encoder)
 
 
 def _around(
@@ -46,38 +46,38 @@ def _around(
     found = {}
     for numbers, side in ((range(at, -1, -1), -1), (range(at, len(shards)), 1)):
         for number in numbers:
-            rows = shards[number].rows().astype(np.int64)
-            ends = rows[:, 3] == 1
-            places = (starts[number] + np.cumsum(rows[:, 2]))[ends]
-            counts = (tokens[number] + np.cumsum(rows[:, 0]))[ends]
+            pieces = shards[number].pieces()
+            ends = pieces["ends"] == 1
+            places = (starts[number] + np.cumsum(pieces["characters"]))[ends]
+            counts = (tokens[number] + np.cumsum(pieces["tokens"]))[ends]
             inner = np.flatnonzero(places < target if side < 0 else places >= target)
             if len(inner):
-                chosen = inner[-1] if side < 0 else inner[0]
-                found[int(places[chosen])] = int(counts[chosen])
+                nearest = inner[-1] if side < 0 else inner[0]
+                found[int(places[nearest])] = int(counts[nearest])
                 break
     return found
 
 
-def _inside(shard: Shard, place: int, chosen: Tokenizer) -> int:
+def _inside(shard: Shard, place: int, encoder: Encoder) -> int:
     """The tokens of a shard before a place in the middle of a document: the next line or word end.
 
     Args:
         place: characters of the shard before it.
     """
-    rows = shard.rows().astype(np.int64)
-    ends = np.cumsum(rows[:, 2])
+    pieces = shard.pieces()
+    ends = np.cumsum(pieces["characters"])
     number = int(np.searchsorted(ends, place, side="right"))
-    count, _, length, is_end = rows[number].tolist()
-    first, after = int(rows[:number, 0].sum()), place - int(ends[number] - length)
+    count, _, length, is_end = pieces[number].tolist()
+    first, after = int(pieces["tokens"][:number].sum()), place - int(ends[number] - length)
     if after == 0:
         return first
     ids = np.load(shard.directory / TOKENS, mmap_mode="r")[first : first + count - is_end]
     if len(ids) > 4 * PIECE:  # a document that the tokenizer does not allow to cut
         skipped = len(ids) * after // length
         first, after, ids = first + skipped, 0, ids[skipped : skipped + PIECE]
-    text = chosen.decode(ids.tolist(), skip_special_tokens=False)
+    text = encoder.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
     if after >= len(text):
         return first + count
     end = next_break(text, after)
-    offsets = chosen.encode(text, add_special_tokens=False).offsets
+    offsets = encoder.tokenizer.encode(text, add_special_tokens=False).offsets
     return first + next((i for i, (start, _) in enumerate(offsets) if start >= end), len(ids))

@@ -1,73 +1,25 @@
-"""The texts that a tokenizer is learned from: the training part, or a sample spread over it."""
+"""A tokenizer learned from the training part of a text, or of a sample spread over it."""
 
-import bisect
-import dataclasses
-from array import array
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import itertools
+import re
+from collections.abc import Iterable, Iterator
 
+from tokenizers import Tokenizer
+
+from smollm.data import tokenizer
 from smollm.data.documents import Piece, best_boundary, next_break
-from smollm.data.parallel import Progress
+from smollm.data.progress import Log, Progress
 from smollm.data.sources import Reader
 
 LEARN_BYTES = 256_000_000  # of text, at most
-Log = Callable[[str], None]
+# Of words that differ: each byte of them takes up to 80 bytes while a tokenizer is learned. It is
+# reached by scripts without spaces and by numbers, not by 256 MB of English.
+WORD_BYTES = 10_000_000
+_WORD = re.compile(r"\w+")
 
 
-@dataclass(frozen=True)
-class Scan:
-    """What one pass over a source found."""
-
-    bytes: int  # of the documents' texts, in UTF-8
-    cut: int  # the character at which the held-out part begins, or before it
-
-
-def _pieces(sources: list[list[Reader]], what: str, log: Log) -> Iterator[Iterator[Piece]]:
-    """For each source the pieces of all its files, with the progress over all."""
-    size = sum(reader.identity.size for readers in sources for reader in readers)
-    with Progress(what, size, log) as progress:
-        before = 0
-
-        def of_source(readers: list[Reader]) -> Iterator[Piece]:
-            nonlocal before
-            for reader in readers:
-                report = _later(progress, before)
-                yield from dataclasses.replace(reader, report=report).pieces()
-                reader.require_unchanged()
-                before += reader.identity.size
-
-        for readers in sources:
-            yield of_source(readers)
-
-
-def _later(progress: Progress, before: int) -> Callable[[int], None]:
-    return lambda offset: progress.update(before + offset)
-
-
-def scan(pieces: Iterator[Piece], fraction: float) -> Scan:
-    """Find where the held-out part of a source begins.
-
-    That is where `heldout.offset` puts it; in a source from which only a sample is learned, twice
-    as much is left out at the end, and the boundaries of its documents need not be kept.
-    """
-    total, size, boundaries = 0, 0, array("Q")
-    for piece in pieces:
-        total += piece.length
-        size += len(piece.text) if piece.text.isascii() else len(piece.text.encode())
-        if piece.ends and size <= LEARN_BYTES:
-            boundaries.append(total)
-    if size > LEARN_BYTES:
-        return Scan(size, int(total * (1 - 2 * fraction)))
-    if fraction == 0:
-        return Scan(size, total)
-    target = total - total * fraction
-    at = bisect.bisect_left(boundaries, target)
-    best = best_boundary(total, fraction, boundaries[max(at - 1, 0) : at + 1])
-    return Scan(size, int(target) if best is None else best)
-
-
-def training_texts(sources: list[list[Reader]], fraction: float, log: Log) -> Iterator[str]:
-    """The training part of each source, or where all is more than LEARN_BYTES a part of each piece.
+def learn(sources: list[list[Reader]], fraction: float, vocab_size: int, log: Log) -> Tokenizer:
+    """Learn a tokenizer from the training part of each source.
 
     Args:
         sources: the readers of the files of each.
@@ -77,19 +29,82 @@ def training_texts(sources: list[list[Reader]], fraction: float, log: Log) -> It
     Raises:
         InputError: a file cannot be read, or was changed.
     """
-    scans = [scan(pieces, fraction) for pieces in _pieces(sources, "reading", log)]
-    share = min(1.0, LEARN_BYTES / max(1, sum(found.bytes for found in scans)))
-    wanted = taken = 0.0
-    for found, pieces in zip(scans, _pieces(sources, "learning", log), strict=True):
-        position = 0
-        for piece in pieces:
-            text = piece.text
-            if position >= found.cut:
-                break
-            if position + len(text) > found.cut:
-                text = text[: next_break(text, found.cut - position)]
-            position += piece.length
-            wanted += len(text) * share
-            if taken < wanted:
-                taken += len(text)
-                yield text
+    totals = [_totals(pieces) for pieces in _read(sources, "reading", log)]
+    share = min(1.0, LEARN_BYTES / max(1, sum(size for _, size in totals)))
+    sample: list[bytes] = []
+    for (characters, _), pieces in zip(totals, _read(sources, "learning", log), strict=True):
+        texts = _training_texts(pieces, characters, fraction, share)
+        sample += (text.encode() for text in texts)
+    while _different(sample) > WORD_BYTES:
+        sample = sample[::2]
+    for reader in itertools.chain(*sources):
+        reader.require_unchanged()
+    return tokenizer.learn((text.decode() for text in sample), vocab_size)
+
+
+def _read(sources: list[list[Reader]], what: str, log: Log) -> Iterator[Iterator[Piece]]:
+    """For each source the pieces of all its files, with the progress over all."""
+    size = sum(reader.identity.size for reader in itertools.chain(*sources))
+    with Progress(what, size, log) as progress:
+
+        def pieces_of(readers: list[Reader]) -> Iterator[Piece]:
+            for reader in readers:
+                yield from reader.again(progress.update).pieces()
+                progress.file_done(reader.identity.size)
+
+        for readers in sources:
+            yield pieces_of(readers)
+
+
+def _totals(pieces: Iterable[Piece]) -> tuple[int, int]:
+    """The characters of a source, separators included, and the bytes of its text."""
+    characters = size = 0
+    for piece in pieces:
+        characters += piece.length
+        size += piece.bytes
+    return characters, size
+
+
+def _training_texts(
+    pieces: Iterable[Piece], total: int, fraction: float, share: float
+) -> Iterator[str]:
+    """The texts before the place where `heldout.offset` cuts a source, or a share of them.
+
+    Args:
+        total: characters of the source.
+        share: of the text, in pieces at equal distances.
+    """
+    target = total - total * fraction
+    before: int | None = None  # the last boundary
+    position, wanted, taken = 0, 0.0, 0
+    ahead: list[tuple[int, str]] = []  # of the document that is not whole yet, or may be held out
+    for piece in pieces:
+        wanted += len(piece.text) * share
+        if taken < wanted:
+            taken += len(piece.text)
+            ahead.append((position, piece.text))
+        position += piece.length
+        if piece.ends and position >= target:
+            break
+        if piece.ends:
+            yield from (text for _, text in ahead)
+            ahead, before = [], position
+    around = {position} if before is None else {before, position}
+    cut = best_boundary(total, fraction, around) if fraction else total
+    cut = int(target) if cut is None else cut
+    for start, text in ahead:
+        if start < cut:
+            whole = start + len(text) <= cut
+            yield text if whole else text[: next_break(text, cut - start)]
+
+
+def _different(sample: list[bytes]) -> int:
+    """The bytes of all words in a sample, each different one once."""
+    seen: set[int] = set()
+    size = 0
+    for text in sample:
+        for word in set(_WORD.findall(text.decode())):
+            if (number := hash(word)) not in seen:
+                seen.add(number)
+                size += len(word.encode())
+    return size

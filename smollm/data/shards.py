@@ -1,14 +1,14 @@
 """The tokens of one file on the disk, in shards, each made once.
 
     tokens-<key>/shard_00000/tokens.npy    (N,) uint16 or uint32
-                             pieces.npy    (P, 4) uint32, a row for each piece of a document:
-                                           tokens, bytes, characters, and 1 where it is the last
+                             pieces.npy    (P,) of the structure PIECE
                  file.json                 the sums of each shard; written last
 
 A shard directory is whole or not there (atomic.py), and which pieces it holds depends on the file
 alone: after a kill the shards that are there are passed over.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -16,45 +16,47 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from smollm import atomic, fault_injection
-from smollm.data import tokenizer
 from smollm.data.documents import Piece
-from smollm.data.hashes import Hashes
+from smollm.data.hashes import identity, key
 from smollm.data.sources import Findings, Reader
+from smollm.data.tokenizer import Encoder
 
 FORMAT = 3  # of the cache; 2 had one pair of token files for a text, split where it was held out
 TOKENS, PIECES, FILE = "tokens.npy", "pieces.npy", "file.json"
+PIECE = np.dtype(  # a document, or a part of one
+    [
+        ("tokens", np.uint32),  # end-of-text included
+        ("bytes", np.uint32),  # of its text, in UTF-8
+        ("characters", np.uint32),  # that it takes in a text file (documents.Piece.length)
+        ("ends", np.uint32),  # 1 where the document ends with it
+    ]
+)
 SHARD = 64 * 1024 * 1024  # characters of a shard, which a kill may cost
-BATCH = 4 * 1024 * 1024  # characters handed to the tokenizer at once
+BATCH = 1024 * 1024  # bytes handed to the tokenizer at once: up to a token each, of some 100 bytes
 OPEN = 256  # token files that are open at a time
-
-
-def key(*made_from: Any) -> str:
-    """A name for what was made from these values."""
-    return sha256(repr(made_from).encode()).hexdigest()[:24]
 
 
 @dataclass(frozen=True)
 class Shard:
-    """The tokens of a part of a file."""
+    """The tokens of a part of a file; the sums of its pieces."""
 
     directory: Path
     tokens: int
-    bytes: int  # of the documents' texts, in UTF-8
-    characters: int  # that they take in a text file, separators with their line ends included
+    bytes: int
+    characters: int
     documents: int  # that end here
-    hashes: dict[str, str]  # sha256 of its files by name
+    files: dict[str, list]  # by name: size, time and inode when it was hashed, and the sha256
 
-    def rows(self) -> np.ndarray:
-        """Its pieces, (P, 4); see the head of this module."""
-        return np.load(self.directory / PIECES)
+    def pieces(self) -> np.ndarray:
+        """Its pieces, (P,) of the structure PIECE with 64-bit numbers, so that sums are exact."""
+        wide = [(name, np.int64) for name in PIECE.names]
+        return np.load(self.directory / PIECES).astype(wide)
 
 
 @dataclass(frozen=True)
@@ -69,11 +71,10 @@ class FileTokens:
 # --- writing -------------------------------------------------------------------------------------
 
 
-def tokenize(reader: Reader, chosen: Tokenizer, directory: Path) -> FileTokens:
+def tokenize(reader: Reader, encoder: Encoder, directory: Path) -> FileTokens:
     """Tokenize a file into shards; those that are there are kept.
 
     Args:
-        chosen: encodes special tokens in a text as ordinary text (`tokenizer.for_documents`).
         directory: of the file in the cache.
 
     Raises:
@@ -88,23 +89,21 @@ def tokenize(reader: Reader, chosen: Tokenizer, directory: Path) -> FileTokens:
 
     def watched() -> Iterator[tuple[int, Piece]]:
         nonlocal last
-        for number, piece in _numbered(reader.pieces(tokenizer.longest_piece(chosen))):
+        for number, piece in _numbered(reader.pieces(encoder.longest)):
             last = piece
             yield number, piece
 
     for number, group in itertools.groupby(watched(), key=lambda pair: pair[0]):
         final = directory / f"shard_{number:05d}"
         if atomic.problem(final):
-            _write(final, (piece for _, piece in group), chosen, reader.require_unchanged)
+            _write(final, (piece for _, piece in group), encoder, reader.require_unchanged)
         else:
             for _ in group:  # that is there already
                 pass
-        shards.append(_read_shard(final))
+        shards.append(_published(final))
     reader.require_unchanged()
     found = FileTokens(tuple(shards), last.length == len(last.text), reader.findings)
-    with atomic.replacing(directory / FILE) as temporary:
-        atomic.write_json(temporary, _as_json(found))
-        atomic.flush(temporary)
+    _write_file(directory, found)
     return found
 
 
@@ -119,49 +118,40 @@ def _numbered(pieces: Iterable[Piece]) -> Iterator[tuple[int, Piece]]:
 
 
 def _write(
-    final: Path, pieces: Iterable[Piece], chosen: Tokenizer, check: Callable[[], None]
+    final: Path, pieces: Iterable[Piece], encoder: Encoder, check: Callable[[], None]
 ) -> None:
     """Tokenize the pieces of a shard; publish it unless `check` raises."""
-    dtype = np.uint16 if tokenizer.size(chosen) <= 2**16 else np.uint32
-    end = np.array([tokenizer.end_token(chosen)], dtype)
     temporary = atomic.temporary_directory(final)
     rows, count = array("I"), 0
     with open(temporary / TOKENS, "wb") as file:
-        _write_header(file, dtype, 0)
-        for piece, ids in _encoded(pieces, chosen, dtype):
+        _write_header(file, encoder.dtype, 0)
+        for piece, ids in _encoded(pieces, encoder):
             file.write(ids.tobytes())
             if piece.ends:
-                file.write(end.tobytes())
+                file.write(np.array([encoder.end], encoder.dtype).tobytes())
             number = len(ids) + piece.ends
             count += number
-            size = len(piece.text) if piece.text.isascii() else len(piece.text.encode())
-            rows.extend((number, size, piece.length, piece.ends))
-        _write_header(file, dtype, count)
-    np.save(temporary / PIECES, np.frombuffer(rows, np.uint32).reshape(-1, 4))
+            rows.extend((number, piece.bytes, piece.length, piece.ends))
+        _write_header(file, encoder.dtype, count)
+    np.save(temporary / PIECES, np.frombuffer(rows, PIECE))
     check()
     atomic.publish(temporary, final, "cache")
 
 
-def _write_header(file: Any, dtype: type, count: int) -> None:
+def _write_header(file: Any, dtype: np.dtype, count: int) -> None:
     # NumPy pads the header so that it can be rewritten in place when the length is known.
-    header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (count,)}
+    header = {"descr": dtype.str, "fortran_order": False, "shape": (count,)}
     file.seek(0)
     np.lib.format.write_array_header_1_0(file, header)
 
 
-def _encoded(
-    pieces: Iterable[Piece], chosen: Tokenizer, dtype: type
-) -> Iterator[tuple[Piece, np.ndarray]]:
+def _encoded(pieces: Iterable[Piece], encoder: Encoder) -> Iterator[tuple[Piece, np.ndarray]]:
     """Each piece with its tokens; the next batch is read while the library encodes one."""
-
-    def encode(batch: list[Piece]) -> list[np.ndarray]:
-        texts = [piece.text for piece in batch]
-        with tokenizer.errors_named("the tokenizer"):
-            encodings = chosen.encode_batch_fast(texts, add_special_tokens=False)
-            return [np.asarray(encoding.ids, dtype) for encoding in encodings]
-
     with ThreadPoolExecutor(1) as pool:
-        batches = ((batch, pool.submit(encode, batch)) for batch in _batches(pieces))
+        batches = (
+            (batch, pool.submit(encoder.encode, [piece.text for piece in batch]))
+            for batch in _batches(pieces)
+        )
         ahead = next(batches, None)
         while ahead:
             batch, future = ahead
@@ -174,7 +164,7 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
     batch, size = [], 0
     for piece in pieces:
         batch.append(piece)
-        size += len(piece.text)
+        size += piece.bytes
         if size >= BATCH or len(batch) >= 65536:
             yield batch
             batch, size = [], 0
@@ -182,25 +172,29 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
         yield batch
 
 
-# --- reading -------------------------------------------------------------------------------------
-
-
-def _read_shard(directory: Path) -> Shard:
+def _published(directory: Path) -> Shard:
     """A shard as it was published."""
-    files = atomic.read_json(directory / atomic.MANIFEST)["files"]
-    tokens, size, characters, documents = np.load(directory / PIECES).sum(0, np.int64).tolist()
-    hashes = {name: files[name]["sha256"] for name in (TOKENS, PIECES)}
-    return Shard(directory, tokens, size, characters, documents, hashes)
+    sealed = atomic.read_json(directory / atomic.MANIFEST)["files"]
+    files = {n: [*identity(directory / n), sealed[n]["sha256"]] for n in (TOKENS, PIECES)}
+    pieces = Shard(directory, 0, 0, 0, 0, files).pieces()
+    sums = [int(pieces[name].sum()) for name in PIECE.names]
+    return Shard(directory, *sums, files)
 
 
-def _as_json(found: FileTokens) -> dict[str, Any]:
+def _write_file(directory: Path, found: FileTokens) -> None:
+    """Write file.json."""
     shards = [{**dataclasses.asdict(s), "directory": s.directory.name} for s in found.shards]
     content = {
         "shards": shards,
         "open_end": found.open_end,
         "findings": dataclasses.asdict(found.findings),
     }
-    return {**content, "seal": key(content)}
+    with atomic.replacing(directory / FILE) as temporary:
+        atomic.write_json(temporary, {**content, "seal": key(content)})
+        atomic.flush(temporary)
+
+
+# --- reading -------------------------------------------------------------------------------------
 
 
 def read(directory: Path) -> FileTokens | str:
@@ -220,22 +214,30 @@ def read(directory: Path) -> FileTokens | str:
         return f"{FILE} is damaged"
 
 
-def problem(found: FileTokens, hashes: Hashes, trust: bool) -> str | None:
+def problem(directory: Path, found: FileTokens, trust: bool) -> str | None:
     """What is wrong with the shards of a file; None when they are whole.
 
     Args:
-        trust: whether a remembered hash of a shard counts, or it is read anew.
+        trust: whether files whose size, time and inode are those of file.json are taken for whole;
+            else, and where the cache was copied, their hashes are made again.
     """
+    copied = False
     for shard in found.shards:
-        for name, expected in shard.hashes.items():
+        for name, entry in shard.files.items():
             path = shard.directory / name
             try:
-                if path.is_symlink() or not path.is_file():
-                    return f"{path} is missing"
-                if hashes.sha256(path, trust) != expected:
+                now = list(identity(path))
+                if trust and now == entry[:-1]:
+                    continue
+                if path.is_symlink() or atomic.sha256(path) != entry[-1]:
                     return f"{path} does not have the sha256 that {FILE} gives"
             except OSError as error:
                 return f"{path}: {error.strerror}"
+            copied = copied or now != entry[:-1]
+            entry[:-1] = now
+    if copied:
+        with contextlib.suppress(OSError):  # a cache that cannot be written: hashed at each start
+            _write_file(directory, found)
     return None
 
 

@@ -6,6 +6,9 @@ Files are read as a stream: memory does not grow with them.
 from __future__ import annotations
 
 import codecs
+import contextlib
+import csv
+import dataclasses
 import io
 import json
 import shlex
@@ -16,16 +19,18 @@ from typing import TYPE_CHECKING, Any
 
 from smollm.data import documents
 from smollm.data.documents import SEPARATOR, Piece
-from smollm.data.files import BLOCK, decompressed, reading
+from smollm.data.files import BLOCK, decompressed, is_compressed, reading
 from smollm.data.hashes import Identity, identity
-from smollm.errors import InputError, first_line
+from smollm.errors import InputError, first_line, printable
 
 if TYPE_CHECKING:  # needed for Parquet and CSV only
     import pyarrow
 
 LONGEST_LINE = 1 << 26  # bytes of a JSON line: a longer one is hardly JSON lines
-ROWS_BYTES = 1 << 23  # bytes of the rows of a Parquet file that are decoded at once
-CSV_BLOCK = 1 << 24  # bytes; no row of a CSV file may be longer
+ROWS, ROWS_BYTES = 256, 1 << 23  # of a Parquet file that are decoded at once
+CSV_BLOCK = 1 << 24  # bytes that are parsed at once
+COMPRESSION = 4  # bytes of text in a byte of a compressed file, about
+MESSAGE = 200  # characters of what a file or a library says, in an error
 Report = Callable[[int], None]  # called with the number of bytes of the file read so far
 
 
@@ -45,23 +50,28 @@ def _no_report(offset: int) -> None:
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads the documents of one file.
+    """Reads the documents of one file, once.
 
     Args:
-        kind: of the file, as `kind_of` says.
+        identity: of the file when it was hashed.
+        kind: of the file, as `files.kind_of` says.
         text_key: the key or column of the text in JSON, CSV and Parquet.
         max_bad_rows: how many rows without a text may be left out.
-        findings: is filled while the file is read.
         report: takes the bytes of the file that were read so far.
+        findings: is filled while the file is read.
     """
 
     path: Path
-    identity: Identity  # when it was hashed
+    identity: Identity
     kind: str
     text_key: str
     max_bad_rows: int
-    findings: Findings = field(default_factory=Findings)
     report: Report = _no_report
+    findings: Findings = field(default_factory=Findings)
+
+    def again(self, report: Report) -> Reader:
+        """A reader of the same file, which has found nothing yet."""
+        return dataclasses.replace(self, report=report, findings=Findings())
 
     def pieces(self, longest: int | None = None) -> Iterator[Piece]:
         """The documents in order, in pieces; see `documents.pieces` for `longest`.
@@ -81,16 +91,17 @@ class Reader:
                 else:
                     self.findings.empty += 1
             return
-        rows = {"json": read_json_lines, "parquet": read_parquet}.get(self.kind, read_csv)
-        for text in rows(self):
-            if longest and len(text) > longest:
+        for where, value in READERS[self.kind](self):
+            text = self._text_of(where, value)
+            if longest and text and len(text) > longest:
                 raise InputError(
-                    f"{self.path}: a document has more than {longest:,} characters, and this "
-                    "tokenizer does not allow to cut it"
+                    f"{self.path}: {where} has more than {longest:,} characters, and this "
+                    "tokenizer does not allow to cut a document; divide it, or take a byte-level "
+                    "tokenizer such as gpt2"
                 )
             if text:
                 yield from documents.cut(text, longest)
-            else:
+            elif text is not None:
                 self.findings.empty += 1
 
     def require_unchanged(self) -> None:
@@ -103,25 +114,27 @@ class Reader:
         """Count a row that has no text; InputError where there are too many."""
         found = self.findings
         found.bad_rows += 1
-        found.first_bad = found.first_bad or f"{where} {why}"
+        found.first_bad = found.first_bad or printable(f"{where} {why}")[:MESSAGE]
         if found.bad_rows > self.max_bad_rows:
             raise InputError(refusal(self.path, found.bad_rows, found.first_bad, self.max_bad_rows))
 
-    def text_of(self, where: str, value: Any) -> str | None:
+    def _text_of(self, where: str, value: Any) -> str | None:
         """The text of a row; None, after counting it, where it has none."""
+        why = f"is {'null' if value is None else f'no text but {type(value).__name__}'} in "
+        why += repr(self.text_key)
         if isinstance(value, bytes):
             try:
                 return value.decode("utf-8")
             except UnicodeDecodeError:
-                return self.bad_row(where, "is not UTF-8")
-        if not isinstance(value, str):
-            kind = "null" if value is None else f"no text but {type(value).__name__}"
-            return self.bad_row(where, f"is {kind} in {self.text_key!r}")
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
-            return self.bad_row(where, "holds half a surrogate pair")
-        return value
+                why = "is not UTF-8"
+        elif isinstance(value, str):
+            try:
+                value.encode("utf-8")
+                return value
+            except UnicodeEncodeError:
+                why = "holds half a surrogate pair"
+        self.bad_row(where, why)
+        return None
 
 
 def refusal(path: Path, count: int, first: str, most: int) -> str:
@@ -164,8 +177,11 @@ def read_text(reader: Reader) -> Iterator[str]:
             offset += len(block)
 
 
-def read_json_lines(reader: Reader) -> Iterator[str]:
-    """The texts of a file with one JSON object a line; blank lines count for nothing."""
+# Each of the following yields where a row stands and what it has for a text, whatever that is.
+
+
+def read_json_lines(reader: Reader) -> Iterator[tuple[str, Any]]:
+    """The rows of a file with one JSON object a line; blank lines count for nothing."""
     with open(reader.path, "rb") as raw:
         stream, number = decompressed(raw), 0
         while line := stream.readline(LONGEST_LINE + 1):
@@ -188,135 +204,169 @@ def read_json_lines(reader: Reader) -> Iterator[str]:
             except (ValueError, RecursionError) as error:
                 reader.bad_row(where, f"is not JSON ({first_line(error)})")
             else:
-                text = _looked_up(reader, where, row)
-                if text is not None:
-                    yield text
+                try:
+                    yield where, _looked_up(row, reader.text_key)
+                except LookupError as error:
+                    reader.bad_row(where, str(error.args[0]))
 
 
-def _looked_up(reader: Reader, where: str, row: Any) -> str | None:
-    """The text of a JSON row under the key, whose dots go into nested objects."""
+def _looked_up(row: Any, key: str) -> Any:
+    """The value of a JSON row under the key, whose dots go into nested objects.
+
+    Raises:
+        LookupError: there is none; it says why.
+    """
     if not isinstance(row, dict):
-        return reader.bad_row(where, "is no JSON object")
-    value, names = row, [reader.text_key]
-    if reader.text_key not in row:
-        names = reader.text_key.split(".")
-    for name in names:
+        raise LookupError("is no JSON object")
+    value = row
+    for name in [key] if key in row else key.split("."):
         if not isinstance(value, dict) or name not in value:
-            keys = ", ".join(list(map(str, row))[:8]) or "none"
-            return reader.bad_row(where, f"has no key {reader.text_key!r} (its keys: {keys})")
+            raise LookupError(
+                f"has no key {key!r} (its keys: {', '.join(list(row)[:8]) or 'none'})"
+            )
         value = value[name]
-    return reader.text_of(where, value)
+    return value
 
 
-def read_csv(reader: Reader) -> Iterator[str]:
-    """The texts of a column of a .csv or .tsv file, whose first line names the columns."""
+def read_csv(reader: Reader) -> Iterator[tuple[str, Any]]:
+    """The rows of a .csv or .tsv file, whose first line names the columns.
+
+    Rows are counted without that line.
+    """
     import pyarrow
-    from pyarrow import csv
+    from pyarrow import csv as arrow
 
-    key, path = reader.text_key, reader.path
+    key, path, delimiter = reader.text_key, reader.path, "\t" if reader.kind == "tsv" else ","
+    refused: list[InputError] = []
+    skipped: set[int] = set()
 
     def odd_row(row: Any) -> str:
-        where = f"row {row.number}" if row.number else "a row"
+        skipped.add(row.number - 1)
+        why = f"has {row.actual_columns} columns, not {row.expected_columns}"
         try:
-            reader.bad_row(where, f"has {row.actual_columns} columns, not {row.expected_columns}")
+            reader.bad_row(f"row {row.number - 1}", why)
         except InputError as error:  # Arrow would show it as its own
             refused.append(error)
             return "error"
         return "skip"
 
-    refused: list[InputError] = []
-    options = {
-        "read_options": csv.ReadOptions(use_threads=False, block_size=CSV_BLOCK),
-        "parse_options": csv.ParseOptions(
-            delimiter="\t" if reader.kind == "tsv" else ",", newlines_in_values=True,
-            invalid_row_handler=odd_row,
-        ),
-    }  # fmt: skip
-    wanted = csv.ConvertOptions(
+    names = _csv_columns(path, delimiter)
+    if key not in names:
+        raise InputError(_no_column(reader, names))
+    parse = arrow.ParseOptions(
+        delimiter=delimiter, newlines_in_values=True, invalid_row_handler=odd_row
+    )
+    convert = arrow.ConvertOptions(
         include_columns=[key], column_types={key: pyarrow.binary()}, strings_can_be_null=False
     )
     number = 0
     with open(path, "rb") as raw:
         try:
-            source = pyarrow.PythonFile(decompressed(raw), mode="r")
-            for batch in csv.open_csv(source, convert_options=wanted, **options):
+            batches = arrow.open_csv(
+                pyarrow.PythonFile(decompressed(raw), mode="r"),
+                arrow.ReadOptions(use_threads=False, block_size=CSV_BLOCK), parse, convert,
+            )  # fmt: skip
+            for batch in batches:
                 reader.report(raw.tell())
                 for value in batch.column(0).to_pylist():
                     number += 1
-                    text = reader.text_of(f"row {number}", value)
-                    if text is not None:
-                        yield text
+                    while number in skipped:
+                        number += 1
+                    yield f"row {number}", value
         except (pyarrow.ArrowException, ValueError, KeyError) as error:
             if refused:
                 raise refused[0] from error
-            if "does not exist" in str(error):
-                raise InputError(_no_column(reader, _csv_columns(path, options))) from error
-            why = first_line(error)
+            why = first_line(error)[:MESSAGE]
             raise InputError(f"{path}: cannot be read as CSV: {why}; mend it") from error
 
 
-def _csv_columns(path: Path, options: dict[str, Any]) -> list[str]:
+def _csv_columns(path: Path, delimiter: str) -> list[str]:
     """The names in the first line of a CSV file."""
-    import pyarrow
-    from pyarrow import csv
-
     with open(path, "rb") as raw:
-        source = pyarrow.PythonFile(decompressed(raw), mode="r")
-        return csv.open_csv(source, **options).schema.names
+        first = decompressed(raw).readline(LONGEST_LINE).removeprefix(codecs.BOM_UTF8)
+        line = first.decode("utf-8", "replace")
+    try:
+        return next(csv.reader([line], delimiter=delimiter), [])
+    except csv.Error as error:
+        raise InputError(f"{path}: cannot be read as CSV: {error}; mend it") from error
 
 
 def _no_column(reader: Reader, names: list[str]) -> str:
+    there = printable(", ".join(names[:20]))[:MESSAGE]
     return (
-        f"{reader.path}: has no column {reader.text_key!r} (its columns: {', '.join(names[:20])}); "
+        f"{reader.path}: has no column {reader.text_key!r} (its columns: {there}); "
         "name the text's column with data.text_key"
     )
 
 
-def read_parquet(reader: Reader) -> Iterator[str]:
-    """The texts of a column of a Parquet file, a few rows at a time; dots go into structs."""
-    import pyarrow
-    from pyarrow import compute, parquet
+def read_parquet(reader: Reader) -> Iterator[tuple[str, Any]]:
+    """The rows of a Parquet file, a few at a time; dots of the key go into structs."""
+    from pyarrow import compute
 
-    path, size, number = reader.path, reader.path.stat().st_size, 0
+    size, number = reader.identity.size, 0
+    with _parquet(reader) as (file, names):
+        count = max(1, file.metadata.num_rows)
+        rows = min(ROWS, max(1, ROWS_BYTES * count // max(1, _column_bytes(file, names))))
+        for batch in file.iter_batches(rows, columns=[".".join(names)], use_threads=False):
+            column = batch.column(batch.schema.get_field_index(names[0]))
+            for name in names[1:]:
+                column = compute.struct_field(column, name)
+            for value in _values(column):
+                number += 1
+                yield f"row {number}", value
+            reader.report(size * number // count)
+
+
+@contextlib.contextmanager
+def _parquet(reader: Reader) -> Iterator[tuple[pyarrow.parquet.ParquetFile, list[str]]]:
+    """A Parquet file, open, and the names that lead to its column; errors name the file."""
+    import pyarrow
+    from pyarrow import parquet
+
     try:
-        with parquet.ParquetFile(path, buffer_size=BLOCK, pre_buffer=False) as file:
-            names = [reader.text_key]
-            if reader.text_key not in file.schema_arrow.names:
-                names = reader.text_key.split(".")
-            _check_column(reader, file.schema_arrow, names)
-            count, bulk = max(1, file.metadata.num_rows), _column_bytes(file, ".".join(names))
-            rows = min(4096, max(1, ROWS_BYTES * count // max(1, bulk)))
-            for batch in file.iter_batches(rows, columns=[".".join(names)], use_threads=False):
-                column = batch.column(0)
-                for name in names[1:]:
-                    column = compute.struct_field(column, name)
-                if pyarrow.types.is_dictionary(column.type):
-                    column = column.dictionary_decode()
-                for value in column.cast(pyarrow.large_binary()).to_pylist():
-                    number += 1
-                    text = reader.text_of(f"row {number}", value)
-                    if text is not None:
-                        yield text
-                reader.report(size * number // count)
+        with open(reader.path, "rb") as raw:  # a name that is not UTF-8 has no other way
+            names = _checked_names(reader, parquet.read_schema(raw))
+            raw.seek(0)
+            options = {"read_dictionary": [".".join(names)], "pre_buffer": False}
+            yield parquet.ParquetFile(raw, buffer_size=BLOCK, **options), names
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, FileNotFoundError):
             raise
         raise InputError(
-            f"{path}: is damaged or cut short ({first_line(error)[:200]}); fetch it again"
+            f"{reader.path}: is damaged or cut short ({first_line(error)[:MESSAGE]}); fetch it "
+            "again"
         ) from error
 
 
-def _column_bytes(file: pyarrow.parquet.ParquetFile, name: str) -> int:
+def _values(column: pyarrow.Array) -> Iterator[bytes | None]:
+    """The values of a column of texts, as bytes: Arrow does not check that they are UTF-8."""
+    import pyarrow
+
+    if pyarrow.types.is_dictionary(column.type):  # repeated texts are held once
+        values = column.dictionary.cast(pyarrow.large_binary()).to_pylist()
+        for index in column.indices.to_pylist():
+            yield None if index is None else values[index]
+    else:
+        yield from column.cast(pyarrow.large_binary()).to_pylist()
+
+
+def _column_bytes(file: pyarrow.parquet.ParquetFile, names: list[str]) -> int:
     """The bytes of a column in all row groups, not compressed."""
     groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
     columns = (group.column(number) for group in groups for number in range(group.num_columns))
+    name = ".".join(names)
     return sum(c.total_uncompressed_size for c in columns if c.path_in_schema == name)
 
 
-def _check_column(reader: Reader, schema: pyarrow.Schema, names: list[str]) -> None:
-    """Raise InputError unless a Parquet file has the column, and it holds texts."""
+def _checked_names(reader: Reader, schema: pyarrow.Schema) -> list[str]:
+    """The name of a Parquet file's column, after those of the structs that it lies in.
+
+    Raises:
+        InputError: there is none, or it holds no texts.
+    """
     from pyarrow import types
 
+    names = [reader.text_key] if reader.text_key in schema.names else reader.text_key.split(".")
     fields, kind = list(schema), None
     for name in names:
         found = next((field for field in fields if field.name == name), None)
@@ -326,9 +376,24 @@ def _check_column(reader: Reader, schema: pyarrow.Schema, names: list[str]) -> N
         fields = [kind.field(n) for n in range(kind.num_fields)] if types.is_struct(kind) else []
     if types.is_dictionary(kind):
         kind = kind.value_type
-    is_text = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
+    is_text = (
+        types.is_string, types.is_large_string, types.is_string_view, types.is_binary,
+        types.is_large_binary, types.is_binary_view,
+    )  # fmt: skip
     if not any(check(kind) for check in is_text):
         raise InputError(
-            f"{reader.path}: column {reader.text_key!r} is of type {kind}, not a text; name the "
-            "text's column with data.text_key"
+            f"{reader.path}: column {reader.text_key!r} is of type {str(kind)[:MESSAGE]}, not a "
+            "text; name the text's column with data.text_key"
         )
+    return names
+
+
+READERS = {"json": read_json_lines, "csv": read_csv, "tsv": read_csv, "parquet": read_parquet}
+
+
+def text_size(reader: Reader) -> int:
+    """About how many bytes of text a file holds."""
+    if reader.kind == "parquet":
+        with _parquet(reader) as (file, names):
+            return _column_bytes(file, names)
+    return reader.identity.size * (COMPRESSION if is_compressed(reader.path) else 1)

@@ -2,13 +2,14 @@
 
     tokens-<key>/       the tokens of one file with one tokenizer (shards.py)
     tokenizer-<key>/    a tokenizer that was learned from a text
-    hashes.json         the sha256 of files that did not change since
+    hashes.json         the sha256 of the files of inputs, while they do not change
 
 Each is named by a hash of what it was made from, and is whole or not there (atomic.py).
 """
 
 import contextlib
 import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,11 +21,11 @@ from smollm.data import corpus, files, learning, parallel, shards, tokenizer
 from smollm.data.corpus import Corpus, HashedFile, check_length
 from smollm.data.documents import SEPARATOR
 from smollm.data.files import Source
-from smollm.data.hashes import Hashes, identity
-from smollm.data.parallel import Progress, Task
-from smollm.data.shards import FileTokens, key
-from smollm.data.sources import Reader, refusal
-from smollm.data.tokenizer import Log
+from smollm.data.hashes import Hashes, identity, key
+from smollm.data.parallel import Task
+from smollm.data.progress import Log, Progress
+from smollm.data.shards import FileTokens
+from smollm.data.sources import Reader, refusal, text_size
 from smollm.errors import InputError
 
 VERIFIED = 256_000_000  # bytes of tokens up to which every start reads them to verify them
@@ -54,8 +55,8 @@ def prepare(
             found = _prepare(config, sources, tokenizer_json, log, workers)
     except OSError as error:
         raise InputError(
-            f"data.cache_dir {cache}: {error.strerror or error} ({error.filename or 'there'}); "
-            "make room there or name another directory; what is tokenized stays"
+            f"data.cache_dir {cache}: {error.strerror or error} ({error.filename or cache}); make "
+            "room there or name another directory; what is tokenized stays"
         ) from error
     check_length(found, config)
     return found
@@ -81,37 +82,31 @@ def _prepare(
     workers: int | None,
 ) -> Corpus:  # fmt: skip
     """The corpus from the cache, where what is missing or damaged is made first."""
-    hashes = Hashes(Path(config.data.cache_dir))
-    hashed = _hash(sources, hashes, log)
+    hashed = _hash(sources, Hashes(Path(config.data.cache_dir), log), log)
     chosen = _choose_tokenizer(config, sources, hashed, tokenizer_json, log)
     _check_vocabulary(chosen, config, log)
-    found = _tokens_of_files(config, hashed, chosen, hashes, log, workers)
-    with contextlib.suppress(PermissionError):
-        hashes.save()
+    found = _tokens_of_files(config, hashed, chosen, log, workers)
     _check_rows(found, config.data.max_bad_rows, log)
     return corpus.build(config, sources, hashed, found, chosen)
 
 
 def _hash(sources: list[Source], hashes: Hashes, log: Log) -> dict[Path, HashedFile]:
     """The hash of each file, remembered or new."""
-    found, done = {}, 0
-    paths = [path for source in sources for path in source.files]
-    identities = {}
-    for path in paths:
+    found = {}
+    for path in (path for source in sources for path in source.files):
         with files.reading(path):
-            identities[path] = identity(path)
-    with Progress("reading", sum(i.size for i in identities.values()), log) as progress:
-        for path in paths:
+            found[path] = identity(path)
+    with Progress("reading", sum(file.size for file in found.values()), log) as progress:
+        for path, file in found.items():
             with files.reading(path):
-                found[path] = HashedFile(identities[path], hashes.sha256(path))
-            done += identities[path].size
-            progress.update(done)
+                found[path] = HashedFile(file, hashes.sha256(path, file, progress.update))
+            progress.file_done(file.size)
+    hashes.save()
     return found
 
 
 def _reader(config: Config, path: Path, hashed: dict[Path, HashedFile]) -> Reader:
-    data = config.data
-    kind = files.kind_of(path)
+    data, kind = config.data, files.kind_of(path)
     return Reader(path, hashed[path].identity, kind, data.text_key, data.max_bad_rows)
 
 
@@ -139,19 +134,18 @@ def _learned_tokenizer(
     data, fraction = config.data, config.data.validation_fraction
     if data.validation_file:
         sources, fraction = sources[:-1], 0.0
-    texts = [[hashed[path].sha256 for path in source.files] for source in sources]
+    texts = [[(hashed[p].sha256, files.ending(p)) for p in source.files] for source in sources]
     name = key(texts, data.text_key, config.model.vocab_size, fraction, shards.FORMAT)
     cache = Path(data.cache_dir)
     directory = cache / f"tokenizer-{name}"
     if atomic.problem(directory, (tokenizer.FILE,)):
-        if any(cache.glob("tokenizer-*")):
+        if any(path.name != tokenizer.GPT2 for path in cache.glob("tokenizer-*")):
             log(
                 "tokenizer.source train: this text is new or was changed, so a tokenizer is "
                 "learned from it, and all of it is tokenized with that"
             )
         readers = [[_reader(config, path, hashed) for path in source.files] for source in sources]
-        texts = learning.training_texts(readers, fraction, log)
-        learned = tokenizer.learn(texts, config.model.vocab_size)
+        learned = learning.learn(readers, fraction, config.model.vocab_size, log)
         tokenizer.publish(learned.to_str(), directory)
     path = directory / tokenizer.FILE
     return tokenizer.parse(atomic.read_text(path), str(path))
@@ -174,45 +168,44 @@ def _check_vocabulary(chosen: Tokenizer, config: Config, log: Log) -> None:
 
 
 def _tokens_of_files(
-    config: Config, hashed: dict[Path, HashedFile], chosen: Tokenizer, hashes: Hashes, log: Log,
+    config: Config, hashed: dict[Path, HashedFile], chosen: Tokenizer, log: Log,
     workers: int | None,
 ) -> dict[Path, FileTokens]:  # fmt: skip
     """The tokens of each file from the cache, where what is missing is tokenized first."""
-    cache, tokenizer_key = Path(config.data.cache_dir), key(chosen.to_str())
-    directories = {}
-    for path, file in hashed.items():
-        made_from = (shards.FORMAT, file.sha256, files.ending(path), config.data.text_key)
-        directories[path] = cache / f"tokens-{key(*made_from, tokenizer_key)}"
+    cache, tokenizer_json = Path(config.data.cache_dir), chosen.to_str()
+    made_with = (shards.FORMAT, config.data.text_key, key(tokenizer_json))
+    directories = {
+        path: cache / f"tokens-{key(file.sha256, files.ending(path), *made_with)}"
+        for path, file in hashed.items()
+    }
     known = {directory: shards.read(directory) for directory in directories.values()}
-    whole = [found for found in known.values() if isinstance(found, FileTokens)]
     width = 2 if tokenizer.size(chosen) <= 2**16 else 4
-    size = width * sum(shard.tokens for found in whole for shard in found.shards)
+    size = width * sum(
+        shard.tokens for found in known.values() if isinstance(found, FileTokens)
+        for shard in found.shards
+    )  # fmt: skip
     tasks = {}
     for path, directory in directories.items():
-        found = known[directory]
-        wrong = found if isinstance(found, str) else shards.problem(found, hashes, size > VERIFIED)
+        wrong = found = known[directory]
+        if isinstance(found, FileTokens):
+            wrong = shards.problem(directory, found, trust=size > VERIFIED)
         if wrong and directory not in tasks:
-            if not isinstance(found, str) or (directory / shards.FILE).exists():
+            if os.path.lexists(directory / shards.FILE) or directory.is_file():
                 log(f"{directory}: {wrong}; tokenizing again")
             tasks[directory] = Task(_reader(config, path, hashed), directory)
     if tasks:
-        _check_space(list(tasks.values()), cache, width)
-        made = parallel.tokenize(list(tasks.values()), chosen, workers, log)
-        for found in made.values():
-            for shard in found.shards:
-                for name, digest in shard.hashes.items():
-                    hashes.add(shard.directory / name, digest)
-        known.update(made)
+        _check_space(tasks, cache, width)
+        known.update(parallel.tokenize(list(tasks.values()), tokenizer_json, workers, log))
     return {path: known[directory] for path, directory in directories.items()}
 
 
-def _check_space(tasks: list[Task], cache: Path, width: int) -> None:
+def _check_space(tasks: dict[Path, Task], cache: Path, width: int) -> None:
     """There must be room for the tokens: of `width` bytes, some three bytes of text each."""
-    text = sum(
-        task.reader.identity.size * (4 if files.is_compressed(task.reader.path) else 1)
-        for task in tasks
-    )
-    atomic.require_space(cache, text * width // 3)
+    needed = 0
+    for directory, task in tasks.items():
+        made = sum(path.stat().st_size for path in directory.glob(f"shard_*/{shards.TOKENS}"))
+        needed += max(0, text_size(task.reader) * width // 3 - made)
+    atomic.require_space(cache, needed)
 
 
 def _check_rows(found: dict[Path, FileTokens], most: int, log: Log) -> None:

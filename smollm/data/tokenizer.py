@@ -3,21 +3,23 @@
 import contextlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from smollm import atomic
 from smollm.data.documents import SEPARATOR
+from smollm.data.progress import Log
 from smollm.errors import NO_THREADS, InputError, ResourceError, UserError, is_threads_exhausted
 
 FILE = "tokenizer.json"
+GPT2 = "tokenizer-gpt2"  # in the cache
 PAD = "<|pad|>"
-LONGEST_DOCUMENT = 64 * 1024 * 1024  # characters, for tokenizers that cannot be cut
+LONGEST_DOCUMENT = 8 * 1024 * 1024  # characters, which cost up to a GB of memory
 END_TOKENS = (SEPARATOR, "<|end_of_text|>", "</s>", "<eos>")  # the first that a tokenizer knows
 SPECIAL_TOKENS = (SEPARATOR, PAD)  # of a learned tokenizer
-Log = Callable[[str], None]
 _LONG_WORD = re.compile(r"\S{4096}")  # learning from longer ones is very slow
 
 
@@ -81,14 +83,28 @@ def size(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
-def for_documents(tokenizer: Tokenizer) -> Tokenizer:
-    """A copy that encodes what looks like a special token as ordinary text.
+class Encoder:
+    """A tokenizer for the documents to train on, and what tokenizing needs to know of it.
 
-    So no document can end itself: end-of-text is added by us, where a document ends.
+    It encodes what looks like a special token as ordinary text, so that no document can end itself:
+    end-of-text is added where a document ends.
+
+    Args:
+        content: of a tokenizer that `parse` gave, as its `to_str` gives it.
     """
-    copy = Tokenizer.from_str(tokenizer.to_str())
-    copy.encode_special_tokens = True
-    return copy
+
+    def __init__(self, content: str) -> None:
+        self.tokenizer = Tokenizer.from_str(content)
+        self.tokenizer.encode_special_tokens = True
+        self.dtype = np.dtype(np.uint16 if size(self.tokenizer) <= 2**16 else np.uint32)
+        self.end = end_token(self.tokenizer)
+        self.longest = longest_piece(self.tokenizer)
+
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        """The tokens of each text, on all cores."""
+        with errors_named("the tokenizer"):
+            encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            return [np.asarray(encoding.ids, self.dtype) for encoding in encodings]
 
 
 def longest_piece(tokenizer: Tokenizer) -> int | None:
@@ -141,7 +157,7 @@ def fetch_gpt2(cache: Path) -> Tokenizer:
     Raises:
         InputError: it is not cached and cannot be fetched.
     """
-    directory = cache / "tokenizer-gpt2"
+    directory = cache / GPT2
     if atomic.problem(directory, (FILE,)):
         try:
             text = Tokenizer.from_pretrained("gpt2").to_str()

@@ -119,10 +119,7 @@ class Run:
     @functools.cached_property
     def held_out(self) -> dict[int, Tokens]:
         """The tokens to evaluate, by the number of the source: at most data.validation_tokens."""
-        parts = {n: p.validation for n, p in enumerate(self.corpus.parts) if len(p.validation)}
-        total = sum(len(tokens) for tokens in parts.values())
-        share = min(1.0, self.config.data.validation_tokens / total)
-        return {n: tokens.part(0, max(2, int(len(tokens) * share))) for n, tokens in parts.items()}
+        return self.corpus.held_out(self.config.data.validation_tokens)
 
     # --- taking steps ---
 

@@ -29,7 +29,7 @@ from data_helpers import (
 from helpers import in_child
 from tokenizers import Tokenizer
 
-from smollm.data import documents, files, hashes, parallel, sources
+from smollm.data import documents, files, hashes, progress, sources
 from smollm.data.documents import SEPARATOR
 from smollm.errors import InputError
 
@@ -379,7 +379,7 @@ def test_separators_that_do_not_stand_alone_are_said(tmp_path, settings):
 
 def test_a_long_text_shows_progress(tmp_path, settings, monkeypatch):
     """While it is read and while it is tokenized: how much of how much."""
-    monkeypatch.setattr(parallel, "PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
     lines = []
     prepare(settings("train"), write(tmp_path, BODY * 200), log=lines.append)
     for what in ("reading", "learning", "tokenizing"):
