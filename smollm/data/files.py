@@ -65,7 +65,7 @@ def find(entries: Iterable[str], log: Log) -> list[Source]:
     for source in sources:
         for path in source.files:
             with reading(path):
-                status = path.stat()
+                status = os.stat(path)
             identity = (status.st_dev, status.st_ino)
             if identity in named:
                 raise InputError(
@@ -116,17 +116,18 @@ def _below(folder: Path) -> list[tuple[Path, str | None]]:
                 continue
             names.remove(name)
         found += [(here / name, _reason(here / name)) for name in files]
-    return sorted(found)
+    return sorted(found, key=lambda pair: pair[0].parts)
 
 
 def _reason(path: Path, by_glob: bool = False) -> str | None:
     """Why a file of a folder or glob is left out; None where it is taken."""
     if path.name.startswith(".") and not by_glob:
         return "hidden"
-    if path.is_symlink() and not path.exists():
-        return "broken links"
     with reading(path):
-        status = path.stat()
+        try:
+            status = os.stat(path)
+        except FileNotFoundError:
+            return "broken links"
         if stat.S_ISDIR(status.st_mode):
             return "folders"
         if not stat.S_ISREG(status.st_mode):

@@ -14,7 +14,7 @@ from smollm.data.sources import Reader
 LEARN_BYTES = 256_000_000  # of text, at most
 # Of words that differ: each byte of them takes up to 80 bytes while a tokenizer is learned. It is
 # reached by scripts without spaces and by numbers, not by 256 MB of English.
-WORD_BYTES = 10_000_000
+WORD_BYTES = 8_000_000
 _WORD = re.compile(r"\w+")
 
 

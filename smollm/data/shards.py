@@ -229,7 +229,7 @@ def problem(directory: Path, found: FileTokens, trust: bool) -> str | None:
                 now = list(identity(path))
                 if trust and now == entry[:-1]:
                     continue
-                if path.is_symlink() or atomic.sha256(path) != entry[-1]:
+                if atomic.sha256(path) != entry[-1]:
                     return f"{path} does not have the sha256 that {FILE} gives"
             except OSError as error:
                 return f"{path}: {error.strerror}"

@@ -28,7 +28,9 @@ from smollm.data.shards import FileTokens
 from smollm.data.sources import Reader, refusal, text_size
 from smollm.errors import InputError
 
-VERIFIED = 256_000_000  # bytes of tokens up to which every start reads them to verify them
+# Every start verifies the hashes of the tokens up to so many bytes and files; of more, it takes the
+# size, time and inode of a file for its proof, or a start would read them all.
+VERIFIED, VERIFIED_FILES = 256_000_000, 1000
 
 
 def prepare(
@@ -184,11 +186,12 @@ def _tokens_of_files(
         shard.tokens for found in known.values() if isinstance(found, FileTokens)
         for shard in found.shards
     )  # fmt: skip
+    trust = size > VERIFIED or len(known) > VERIFIED_FILES
     tasks = {}
     for path, directory in directories.items():
         wrong = found = known[directory]
         if isinstance(found, FileTokens):
-            wrong = shards.problem(directory, found, trust=size > VERIFIED)
+            wrong = shards.problem(directory, found, trust)
         if wrong and directory not in tasks:
             if os.path.lexists(directory / shards.FILE) or directory.is_file():
                 log(f"{directory}: {wrong}; tokenizing again")
