@@ -211,12 +211,8 @@ def test_train_sh_through_a_link_with_paths_of_the_caller(tmp_path: Path) -> Non
     assert "DEBUG=1" in call(tmp_path, ["./go", "--help"]).stdout
     words = ["./go", "--config=tiny.yaml", "--save_dir=run/checkpoints", "--log_dir=run/logs"]
     words += ["data.cache_dir=mine", "training.train_steps=2"]
-    for wrong, said in (
-        (["--input_file", "s3://bucket/a.txt"], "error: s3://bucket/a.txt: is a URL"),
-        ([f"data.input_files=[{tmp_path}/no.txt]"], f"error: {tmp_path}/no.txt: No such file"),
-    ):
-        refused = call(tmp_path, [*words, *wrong], NO_INSTALL="1")
-        assert refused.returncode == 3 and said in refused.stdout, refused.stdout
+    refused = call(tmp_path, [*words, "--input_file", "s3://bucket/a.txt"], NO_INSTALL="1")
+    assert refused.returncode == 3 and "error: s3://bucket/a.txt: is a URL" in refused.stdout
     words += ["--input_file", "my texts", "--input_file=my*/../te*.txt"]
     first = call(tmp_path, words, NO_INSTALL="1")
     assert first.returncode == 0, first.stdout
@@ -224,7 +220,8 @@ def test_train_sh_through_a_link_with_paths_of_the_caller(tmp_path: Path) -> Non
     assert f"  1            {tmp_path}/my*/../te*.txt: " in first.stdout
     assert list((tmp_path / "mine").glob("tokens-*")) and step_directory(tmp_path, 6).is_dir()
     shutil.copy(step_directory(tmp_path, 6) / "tokenizer.json", tmp_path / "my.json")
-    again = [word.replace("run/", "second/") for word in words]
-    second = call(tmp_path, [*again, "tokenizer.source=my.json"], NO_INSTALL="1")
+    again = [word.replace("run/", "second/") for word in words[:6]]
+    again += ["tokenizer.source=my.json", f"data.input_files=[{tmp_path}/text.txt]"]
+    second = call(tmp_path, again, NO_INSTALL="1")
     assert second.returncode == 0, second.stdout
     assert step_directory(tmp_path, 6, "second").is_dir()

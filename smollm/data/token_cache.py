@@ -94,17 +94,17 @@ def _prepare(
 
 def _hash(sources: list[Source], hashes: Hashes, log: Log) -> dict[Path, HashedFile]:
     """The hash of each file, remembered or new."""
-    found = {}
+    identities, hashed = {}, {}
     for path in (path for source in sources for path in source.files):
         with files.reading(path):
-            found[path] = identity(path)
-    with Progress("reading", sum(file.size for file in found.values()), log) as progress:
-        for path, file in found.items():
+            identities[path] = identity(path)
+    with Progress("reading", sum(file.size for file in identities.values()), log) as progress:
+        for path, file in identities.items():
             with files.reading(path):
-                found[path] = HashedFile(file, hashes.sha256(path, file, progress.update))
+                hashed[path] = HashedFile(file, hashes.sha256(path, file, progress.update))
             progress.file_done(file.size)
     hashes.save()
-    return found
+    return hashed
 
 
 def _reader(config: Config, path: Path, hashed: dict[Path, HashedFile]) -> Reader:

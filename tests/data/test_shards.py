@@ -15,10 +15,11 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 from data_helpers import BODY, held_out, prepare, start_prepare, tokens_of
-from helpers import ROOT, call, environment, train, write_tiny
+from helpers import ROOT, call, command, environment, train, write_tiny
 
 from smollm import atomic
 from smollm.data import learning, shards, token_cache
@@ -389,29 +390,34 @@ def alive(pid: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("how", ["removed", "replaced"])
-def test_a_file_that_goes_away_meanwhile_is_named(tmp_path, how):
+@pytest.mark.parametrize("how", ["removed", "replaced", "edited"])
+def test_a_text_that_changes_while_it_is_read_is_refused(tmp_path, small_tokenizer, how):
     """Exit 3, and its half-made tokens are never taken for those of the text as it was."""
     write_tiny(tmp_path)
-    (tmp_path / "in").mkdir()
-    text = (tmp_path / "text.txt").read_text()
-    (tmp_path / "in/a.txt").write_text(text)
-    process = subprocess.Popen(
-        prepare_py(tmp_path), cwd=tmp_path, env=environment(FAULT="cache.batch:sleep:1"), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    path, source = tmp_path / "text.txt", f"tokenizer.source={small_tokenizer}"
+    text = path.read_bytes()
+    process = forked.Started(
+        command("train.py", "--dry_run", source)[1:], tmp_path,
+        environment(FAULT="cache.batch:sleep:1"),
     )  # fmt: skip
     while not list(tmp_path.glob("cache/tokens-*/.tmp-shard_*")):
         time.sleep(0.02)
         assert process.poll() is None
-    if how == "removed":
-        (tmp_path / "in/a.txt").unlink()
+    if how == "edited":
+        path.write_bytes(text.replace(b"e", b"a"))
     else:
-        shutil.copy(tmp_path / "text.txt", tmp_path / "new")
-        os.replace(tmp_path / "new", tmp_path / "in/a.txt")
+        path.rename(tmp_path / "kept.txt")
+        if how == "replaced":
+            shutil.copy(tmp_path / "kept.txt", path)
     output = process.communicate(timeout=30)[0]
-    assert process.returncode == 3 and "error: in/a.txt: " in output, output
+    assert process.returncode == 3 and "error: text.txt: " in output, output
     assert ("removed meanwhile" if how == "removed" else "was changed while") in output
     assert not list(tmp_path.glob("cache/tokens-*/shard_*"))
+    path.write_bytes(text)
+    again = train(tmp_path, "--dry_run", source)
+    fresh = train(tmp_path, "--dry_run", source, "data.cache_dir=fresh")
+    rows = [[x for x in done.stdout.splitlines() if x[:5] == "data "] for done in (again, fresh)]
+    assert rows[0] == rows[1] != []
 
 
 def test_a_resume_with_a_grown_folder(tmp_path, prose):

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from data_helpers import (
     tokens_of,
     write,
 )
-from helpers import ROOT, command, environment, train, write_tiny
+from helpers import ROOT, command, environment, write_tiny
 
 from smollm import atomic
 from smollm.data.documents import SEPARATOR
@@ -199,28 +198,6 @@ print(json.dumps([peak, children, corpus.tokens]))
     print(f"peak {peak:.2f} GB, of a child {children:.2f} GB, {tokens:,} tokens")
     assert peak + children < 1.5
     assert tokens > 1_000_000_000 / 10  # a token of this vocabulary is shorter than 10 bytes
-
-
-def test_a_text_that_is_edited_while_it_is_read_is_refused(tmp_path):
-    """Its tokens would be kept under the hash of the text before: exit 3, and no cache of it."""
-    write_tiny(tmp_path)
-    reference = train(tmp_path, "--dry_run", "data.cache_dir=fresh")
-    words = command("train.py", "--dry_run")
-    text = (tmp_path / "text.txt").read_bytes()
-    with subprocess.Popen(
-        words, cwd=tmp_path, env=environment(FAULT="cache.batch:sleep:1"), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    ) as process:  # fmt: skip
-        while not list(tmp_path.glob("cache/tokens-*/.tmp-shard_*")):
-            time.sleep(0.05)
-            assert process.poll() is None
-        (tmp_path / "text.txt").write_bytes(text.replace(b"e", b"a"))
-        output = process.communicate()[0]
-    assert process.returncode == 3 and "was changed while it was read" in output, output
-    (tmp_path / "text.txt").write_bytes(text)
-    again = train(tmp_path, "--dry_run")
-    line = next(line for line in reference.stdout.splitlines() if line.startswith("data "))
-    assert again.returncode == 0 and line in again.stdout, again.stdout
 
 
 def test_waiting_for_another_run_is_said(tmp_path):
