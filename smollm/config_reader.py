@@ -304,9 +304,10 @@ class _Reader:
             name, equals, text = word.partition("=")
             section, dot, key = name.partition(".")
             if not (equals and dot and section and key):
+                glob = " (a glob for --input_file stands in quotes)" if os.path.exists(word) else ""
                 self.problems.append(
                     f"command line: got {_quoted(word)}, expected section.key=value, "
-                    "such as training.batch_size=24"
+                    f"such as training.batch_size=24{glob}"
                 )
                 continue
             value: Any = text

@@ -470,6 +470,8 @@ def test_one_file_in_two_sources_is_named(tmp_path: Path) -> None:
         done = train(tmp_path, "--input_file", "text.txt", *words)
         assert done.returncode == 3 and "error: text.txt: is named twice" in done.stdout
     assert not (tmp_path / "cache").exists()
+    done = train(tmp_path, "--input_file", "text.txt", "tiny.yaml")  # as the shell expands a glob
+    assert done.returncode == 2 and "a glob for --input_file stands in quotes" in done.stdout
 
 
 # --- several sources -----------------------------------------------------------------------------
