@@ -113,11 +113,7 @@ def set_up(
     distributed.start(machine.device)
     saved = store.read(job.resume_from) if job.resume_from else None
     corpus = corpus or _open_corpus(job, saved, log)
-    flat = {f"{s}.{k}": v for s, keys in to_dict(config).items() for k, v in keys.items()}
-    for path in ("data.input_files", "data.validation_file"):  # each machine may have its own
-        del flat[path]
-    distributed.require_agreement({"the code": code_version(), **flat}, ConfigError)
-    distributed.require_agreement(corpus.fingerprint, InputError)
+    _require_agreement(config, corpus)
     parallel = _build_model(config, machine, saved)
     optimizer = build_optimizer(parallel.model, config.training)
     if saved:
@@ -156,6 +152,15 @@ def set_up(
     for line in [*describe(run), *rate_warnings(config.training, before, first, job.last)]:
         log(line)
     return run
+
+
+def _require_agreement(config: Config, corpus: Corpus) -> None:
+    """Raise where the processes of a run differ in code, configuration or text."""
+    flat = {f"{s}.{k}": v for s, keys in to_dict(config).items() for k, v in keys.items()}
+    for path in ("data.input_files", "data.validation_file"):  # each machine may have its own
+        del flat[path]
+    distributed.require_agreement({"the code": code_version(), **flat}, ConfigError)
+    distributed.require_agreement(corpus.fingerprint, InputError)
 
 
 def _tracking(
