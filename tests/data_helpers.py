@@ -48,12 +48,12 @@ def write(tmp_path: Path, content: str | bytes) -> Path:
 
 def held_out(corpus: Corpus) -> np.ndarray:
     """The held-out tokens of all sources."""
-    return np.concatenate([np.asarray(part.validation) for part in corpus.parts])
+    return np.concatenate([part.validation[:] for part in corpus.parts])
 
 
 def tokens_of(corpus: Corpus) -> list[int]:
     """Every token of a corpus, the training part first."""
-    return [*np.asarray(corpus.train).tolist(), *held_out(corpus).tolist()]
+    return [*corpus.train[:].tolist(), *held_out(corpus).tolist()]
 
 
 def split(text: str) -> list[str | None]:

@@ -12,7 +12,6 @@ from smollm.data import heldout, shards
 from smollm.data.files import Source
 from smollm.data.hashes import Identity, key
 from smollm.data.shards import FileTokens, Tokens
-from smollm.data.tokenizer import Encoder
 from smollm.errors import InputError
 
 
@@ -84,15 +83,15 @@ def build(
         found: the tokens of each file, which `tokenizer` made.
     """
     of_file, fraction = config.data.validation_file, config.data.validation_fraction
-    encoder = Encoder(tokenizer.to_str())
     parts, made_of = [], []
     for source in sources:
         in_order = [found[path] for path in source.files if found[path].shards]
         every = [shard for file in in_order for shard in file.shards]
         count = sum(shard.tokens for shard in every)
-        cut = heldout.offset(every, fraction, encoder)
         if of_file:
             cut = 0 if source is sources[-1] else count
+        else:
+            cut = heldout.offset(every, fraction, tokenizer)
         # A text that has no separator at its end has no end-of-text there, unless another follows.
         if cut < count and in_order[-1].open_end:
             count -= 1

@@ -12,8 +12,8 @@ from smollm.data.progress import Log, Progress
 from smollm.data.sources import Reader
 
 LEARN_BYTES = 256_000_000  # of text, at most
-# Of words that differ: each byte of them takes up to 80 bytes while a tokenizer is learned. It is
-# reached by scripts without spaces and by numbers, not by 256 MB of English.
+# Of words that differ: each byte of them may take 80 bytes of memory while a tokenizer is learned.
+# Scripts without spaces and numbers reach it first; a smaller part of them is learned from then.
 WORD_BYTES = 8_000_000
 _WORD = re.compile(r"\w+")
 

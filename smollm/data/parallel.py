@@ -1,7 +1,8 @@
 """Files tokenized on all cores.
 
-Files are shared out over processes, and within one the library's threads share out the pieces. A
-process takes some 250 MB, so there are at most MOST_PROCESSES, however many cores.
+Files are shared out over processes, and within one the library's threads share out the pieces. Each
+process has a tokenizer and a batch in memory, so there are at most MOST_PROCESSES, however many
+cores.
 """
 
 import contextlib
@@ -170,6 +171,6 @@ def serve(descriptor: int) -> None:
                 connection.send(("done", found))
             except ConnectionError:
                 raise
-            except Exception as error:
+            except Exception as error:  # the parent raises it
                 connection.send(("error", error))
     os._exit(1)

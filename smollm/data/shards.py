@@ -38,7 +38,7 @@ PIECE = np.dtype(  # a document, or a part of one
     ]
 )
 SHARD = 64 * 1024 * 1024  # characters of a shard, which a kill may cost
-BATCH = 1024 * 1024  # bytes handed to the tokenizer at once: up to a token each, of some 100 bytes
+BATCH = 1024 * 1024  # bytes handed to the tokenizer at once, which may be as many tokens
 OPEN = 256  # token files that are open at a time
 
 
@@ -274,9 +274,6 @@ class Tokens:
             found.append(self._open(path)[begin : begin + count])
             first, number = first + count, number + 1
         return np.concatenate(found) if found else np.zeros(0, np.uint16)
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(self[:], dtype)
 
     def part(self, first: int, last: int) -> "Tokens":
         """The tokens from `first` to before `last`."""

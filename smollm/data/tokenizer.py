@@ -17,7 +17,7 @@ from smollm.errors import NO_THREADS, InputError, ResourceError, UserError, is_t
 FILE = "tokenizer.json"
 GPT2 = "tokenizer-gpt2"  # in the cache
 PAD = "<|pad|>"
-LONGEST_DOCUMENT = 8 * 1024 * 1024  # characters, which cost up to a GB of memory
+LONGEST_DOCUMENT = 8 * 1024 * 1024  # characters of a document that cannot be cut: tokenized whole
 END_TOKENS = (SEPARATOR, "<|end_of_text|>", "</s>", "<eos>")  # the first that a tokenizer knows
 SPECIAL_TOKENS = (SEPARATOR, PAD)  # of a learned tokenizer
 _LONG_WORD = re.compile(r"\S{4096}")  # learning from longer ones is very slow

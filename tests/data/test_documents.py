@@ -325,7 +325,7 @@ def test_the_text_is_cut_at_a_document_boundary(tmp_path, settings):
     text = f"{document}{SEPARATOR}\n" * 100
     corpus = prepare(settings(validation_fraction=0.057), write(tmp_path, text))
     end = corpus.tokenizer.token_to_id(SEPARATOR)
-    assert (np.asarray(corpus.train) == end).sum() == 94 and (held_out(corpus) == end).sum() == 6
+    assert (corpus.train[:] == end).sum() == 94 and (held_out(corpus) == end).sum() == 6
     assert corpus.train[:][-1] == end
     assert corpus.tokenizer.decode(held_out(corpus)[:12].tolist()).startswith("All documents")
     assert corpus.documents == 100

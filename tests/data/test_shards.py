@@ -259,7 +259,7 @@ def test_tokens_of_several_files_are_one_array(tmp_path, seed):
         parts.append((path, start, stop))
         arrays.append(array[start:stop])
     whole, tokens = np.concatenate(arrays), Tokens(parts)
-    assert len(tokens) == len(whole) and np.array_equal(np.asarray(tokens), whole)
+    assert len(tokens) == len(whole) and np.array_equal(tokens[:], whole)
     for _ in range(300):
         a, b = rng.integers(-3, len(whole) + 5, 2).tolist()
         assert np.array_equal(tokens[a:b], whole[a:b])

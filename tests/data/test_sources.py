@@ -575,7 +575,7 @@ def test_the_held_out_parts_of_sources_are_their_ends(tmp_path, settings, texts)
     end = corpus.tokenizer.token_to_id(SEPARATOR)
     a, b = corpus.parts
     for part, count, last in ((a, 100, texts[99]), (b, 200, texts[299])):
-        train_, validation = np.asarray(part.train), np.asarray(part.validation)
+        train_, validation = part.train[:], part.validation[:]
         assert (train_ == end).sum() + (validation == end).sum() == count
         assert train_[-1] == validation[-1] == end
         assert 0.1 <= len(validation) / (len(train_) + len(validation)) <= 0.4
