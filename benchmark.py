@@ -309,7 +309,8 @@ def main() -> int:
 
 
 def _main() -> int:
-    arguments, config = cli.parse(_parser(), None)
+    arguments = cli.parse(_parser(), None)
+    config = cli.configuration(arguments)
     if arguments.worker:
         from smollm.benchmarking import WORKERS  # imports torch
 

@@ -34,7 +34,9 @@ def main(argv: list[str] | None = None) -> int:
         help="the last step of phase 1 (training.train_steps)",
     )  # fmt: skip
     with StopSignals() as stop:
-        arguments, config = cli.parse(parser, argv, "continue_steps")
+        arguments = cli.parse(parser, argv)
+        fixed = resume.fixed_model(arguments.save_dir, "auto")
+        config = cli.configuration(arguments, "continue_steps", fixed)
         save_dir, first = arguments.save_dir, arguments.start_step or config.training.train_steps
         last = first + config.training.continue_steps
         if last > LAST_STEP:

@@ -22,7 +22,7 @@ if __name__ == "__main__":  # PYTHONSAFEPATH leaves the script's folder out
     sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from smollm import atomic, cli
-from smollm.checkpoint import store
+from smollm.checkpoint import pretrained
 from smollm.config import GenerationConfig
 from smollm.config_reader import parse_generation
 from smollm.errors import CheckpointError, ConfigError, printable
@@ -54,19 +54,18 @@ def _samples(
     directory: Path, settings: GenerationConfig, seed: int, is_length_given: bool
 ) -> list[Sample]:
     """Samples from the checkpoint, or the model of another tool, in a directory."""
-    if not store.is_model_only(directory):
-        store.require_whole(directory)
+    found = pretrained.find(str(directory))
     from smollm import generation, hardware  # imports torch
 
     device = hardware.choose_device("auto")
     dtype = hardware.choose_dtype("auto", device)
-    model, tokenizer = generation.load(directory, device, dtype)
+    model, tokenizer, end = generation.load(found, device, dtype)
     limit = model.config.max_position_embeddings
     if settings.max_length > limit:
         if is_length_given:
             raise ConfigError(f"--max_length: got {settings.max_length}, the model has {limit}")
         settings = dataclasses.replace(settings, max_length=limit)
-    return generation.generate(model, tokenizer, settings, seed)
+    return generation.generate(model, tokenizer, end, settings, seed)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,14 +1,19 @@
-"""The transformer, function for function Hugging Face's `Starcoder2`.
+"""The transformer, function for function Hugging Face's `Starcoder2` or `Llama`.
 
-- pre-LayerNorm decoder, biases on every linear layer, GELU (tanh approximation)
+- a pre-norm decoder of one of two families:
+  starcoder2: LayerNorm, MLP with GELU (tanh approximation), biases on every linear layer
+  llama:      RMSNorm, MLP with SwiGLU, no biases
+- grouped query attention: several heads share one head of keys and values
 - rotary position embeddings (RoPE), half-rotation as in Hugging Face
-- tied embeddings; the head's matrix is padded to a multiple of 128 rows inside forward only
+- embeddings tied to the head or not; the head's matrix is padded to a multiple of 128 rows inside
+  forward only
 - fp32 master weights; compute in bf16 by explicit casts in the layers, the residual stream in bf16
 - attention by flash-attn, PyTorch's SDPA, or its definition ("math")
 - gradient checkpointing none / selective / full; dropout; a KV cache for generation
 
 Parameter names are Hugging Face's, so a state_dict saved as model.safetensors *is* a checkpoint of
-`Starcoder2ForCausalLM`. Dimensions in comments: B batch, T sequence, C width, H heads, D head size.
+`Starcoder2ForCausalLM` or `LlamaForCausalLM`. Dimensions in comments: B batch, T sequence, C width,
+H heads, K heads of keys and values, D head size, V vocabulary.
 """
 
 import functools
@@ -38,24 +43,29 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 class ModelConfig(Protocol):
     """What the model reads of a configuration, by Hugging Face's names."""
 
+    architecture: str  # starcoder2 or llama
     vocab_size: int
     hidden_size: int
     num_hidden_layers: int
     num_attention_heads: int
+    num_key_value_heads: int
     intermediate_size: int
     max_position_embeddings: int
+    tie_word_embeddings: bool
     rope_theta: float
-    layer_norm_epsilon: float
+    layer_norm_epsilon: float  # of starcoder2
+    rms_norm_eps: float  # of llama
     initializer_range: float
     dropout: float
 
 
-# --- attention: q, k, v (B, T, H, D) -> (B, T, H, D), causal ------------------------------------
+# --- attention: q (B, T, H, D), k and v (B, T, K, D) -> (B, T, H, D), causal ----------------------
 
 
 def attention_math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal softmax(q k^T / sqrt(D)) v, softmax in fp32. The reference for the others."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D), (B, K, T, D)
+    k, v = repeat_heads(q, k, v)
     scores = (q @ k.transpose(-2, -1)).float() / math.sqrt(q.size(-1))
     future = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).triu(1)
     weights = scores.masked_fill(future, float("-inf")).softmax(dim=-1).to(q.dtype)
@@ -65,7 +75,20 @@ def attention_math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def attention_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention by `torch.nn.functional.scaled_dot_product_attention`."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # SDPA takes (B, H, T, D)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+    if q.is_cuda and (q.dtype == torch.float32 or q.size(-1) > 256):
+        # No kernel but the memory-efficient one takes these, and it takes no grouped heads.
+        k, v = repeat_heads(q, k, v)
+    grouped = q.size(1) != k.size(1)
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    return out.transpose(1, 2)
+
+
+def repeat_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """k, v (B, K, T, D) -> (B, H, T, D): a copy for each of the H heads of q (B, H, T, D)."""
+    groups = q.size(1) // k.size(1)
+    if groups == 1:
+        return k, v
+    return k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
 
 
 def attention_function(name: str) -> Attention:
@@ -128,6 +151,21 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
+class RMSNorm(nn.RMSNorm):
+    """nn.RMSNorm (arXiv 1910.07467), the same way: fp32 weights and statistics, x's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C), in x's dtype."""
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+def norm_layer(config: ModelConfig) -> LayerNorm | RMSNorm:
+    """The norm of the family."""
+    if config.architecture == "llama":
+        return RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+    return LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+
+
 def rotary_table(length: int, head_size: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines of RoPE (arXiv 2104.09864), each (length, head_size / 2), fp32."""
     frequencies = 1.0 / theta ** (torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
@@ -154,7 +192,7 @@ class KVCache:
         self, config: ModelConfig, rows: int, length: int, device: torch.device, dtype: torch.dtype
     ) -> None:
         head_size = config.hidden_size // config.num_attention_heads
-        shape = (rows, length, config.num_attention_heads, head_size)
+        shape = (rows, length, config.num_key_value_heads, head_size)
         layers = range(config.num_hidden_layers)
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
@@ -181,7 +219,7 @@ class KVCache:
         return self.lengths[:, None] + torch.arange(count, device=self.lengths.device)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store k, v (B, T, H, D) at each row's next positions and attend over all so far."""
+        """Store k, v (B, T, K, D) at each row's next positions; attend with q (B, T, H, D)."""
         positions = self.positions(q.size(1))
         rows = torch.arange(q.size(0), device=q.device)[:, None]
         keys, values = self.keys[layer], self.values[layer]
@@ -189,21 +227,28 @@ class KVCache:
         end = self.longest + q.size(1) if q.device.type == "cpu" else keys.size(1)
         visible = torch.arange(end, device=q.device) <= positions[..., None]  # (B, T, end)
         q, k, v = (x.transpose(1, 2) for x in (q, keys[:, :end], values[:, :end]))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None])
-        return out.transpose(1, 2)
+        # The heads that share keys and values are taken as further queries of those: every kernel
+        # takes that, and nothing is repeated.
+        groups = q.size(1) // k.size(1)
+        q = q.unflatten(1, (-1, groups)).flatten(2, 3)  # (B, K, groups x T, D)
+        mask = visible[:, None].repeat(1, 1, groups, 1)  # (B, 1, groups x T, end)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return out.unflatten(2, (groups, -1)).flatten(1, 2).transpose(1, 2)
 
 
 class SelfAttention(nn.Module):
-    """Multi-head causal self-attention with RoPE."""
+    """Grouped causal self-attention with RoPE (arXiv 2305.13245); multi-head where H = K."""
 
     def __init__(self, config: ModelConfig, attention: Attention, layer: int) -> None:
         super().__init__()
-        width = config.hidden_size
-        self.heads, self.attention, self.layer = config.num_attention_heads, attention, layer
-        self.q_proj = Linear(width, width)
-        self.k_proj = Linear(width, width)
-        self.v_proj = Linear(width, width)
-        self.o_proj = Linear(width, width)
+        width, bias = config.hidden_size, config.architecture == "starcoder2"
+        self.head_size = width // config.num_attention_heads
+        self.attention, self.layer = attention, layer
+        narrow = config.num_key_value_heads * self.head_size
+        self.q_proj = Linear(width, width, bias)
+        self.k_proj = Linear(width, narrow, bias)
+        self.v_proj = Linear(width, narrow, bias)
+        self.o_proj = Linear(width, width, bias)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
@@ -211,18 +256,20 @@ class SelfAttention(nn.Module):
         if cache is None:
             # One matrix product: three parameters (Hugging Face's names), joined here.
             weight = torch.cat([p.weight for p in projections])
-            bias = torch.cat([p.bias for p in projections])
-            q, k, v = linear(x, weight, bias).chunk(3, dim=-1)
+            biased = self.q_proj.bias is not None
+            bias = torch.cat([p.bias for p in projections]) if biased else None
+            q, k, v = linear(x, weight, bias).split([p.out_features for p in projections], dim=-1)
         else:  # for one token, joining the weights would cost more than it gains
             q, k, v = (project(x) for project in projections)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in (q, k, v))  # (B, T, H, D)
+        # (B, T, H, D), (B, T, K, D), (B, T, K, D)
+        q, k, v = (part.unflatten(-1, (-1, self.head_size)) for part in (q, k, v))
         q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
         out = self.attention(q, k, v) if cache is None else cache.attend(self.layer, q, k, v)
         return self.o_proj(out.flatten(2))
 
 
 class MLP(nn.Module):
-    """Two linear layers with GELU (tanh approximation) between them."""
+    """Of starcoder2: two linear layers with GELU (tanh approximation) between them."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -234,16 +281,30 @@ class MLP(nn.Module):
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
 
 
+class GatedMLP(nn.Module):
+    """Of llama: SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
 class Block(nn.Module):
     """One transformer layer: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, config: ModelConfig, attention: Attention, layer: int) -> None:
         super().__init__()
         self.dropout = config.dropout
-        self.input_layernorm = LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.input_layernorm = norm_layer(config)
         self.self_attn = SelfAttention(config, attention, layer)
-        self.post_attention_layernorm = LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
-        self.mlp = MLP(config)
+        self.post_attention_layernorm = norm_layer(config)
+        self.mlp = GatedMLP(config) if config.architecture == "llama" else MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
@@ -270,7 +331,7 @@ class Transformer(nn.Module):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         layers = range(config.num_hidden_layers)
         self.layers = nn.ModuleList(Block(config, attention, layer) for layer in layers)
-        self.norm = LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.norm = norm_layer(config)
         head_size = config.hidden_size // config.num_attention_heads
         cos, sin = rotary_table(config.max_position_embeddings, head_size, config.rope_theta)
         self.register_buffer("rotary_cos", cos, persistent=False)
@@ -298,7 +359,7 @@ class Transformer(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """The language model: a Transformer and a head that shares the embedding's matrix.
+    """The language model: a Transformer and a head, which may share the embedding's matrix.
 
     Args:
         dtype: of the computation; the parameters stay as they are (fp32 for training).
@@ -311,10 +372,17 @@ class CausalLM(nn.Module):
         super().__init__()
         self.config, self.dtype = config, dtype
         self.model = Transformer(config, attention_function(attention))
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def head(self) -> Tensor:
+        """The head's matrix (V, C)."""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., C) -> logits (..., vocab_size) in the compute dtype."""
-        weight = self.model.embed_tokens.weight
+        weight = self.head
         missing = head_rows(weight.size(0), hidden.device) - weight.size(0)
         if missing == 0:
             return linear(hidden, weight)
@@ -338,8 +406,7 @@ class CausalLM(nn.Module):
             return self.logits(hidden)
         labels = labels.flatten()
         if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
-            weight = self.model.embed_tokens.weight
-            total = HeadLoss.apply(hidden.flatten(0, 1), weight, labels).sum()
+            total = HeadLoss.apply(hidden.flatten(0, 1), self.head, labels).sum()
             return total / (labels != IGNORE_INDEX).sum() if reduction == "mean" else total
         return next_token_loss(self.logits(hidden).flatten(0, 1), labels, reduction)
 
@@ -406,11 +473,12 @@ class HeadLoss(torch.autograd.Function):
 def initialize(model: CausalLM, generator: torch.Generator) -> None:
     """Draw fresh weights, as GPT-2 did.
 
-    | weight                                   | value                                       |
-    | embedding, q, k, v, c_fc                 | normal, std initializer_range               |
-    | o_proj, mlp.c_proj (write the residual)  | normal, std initializer_range / sqrt(2 x layers) |
-    | LayerNorm weight                         | 1                                           |
-    | every bias                               | 0                                           |
+    | weight                                   | value                                   |
+    | embedding, head, q, k, v, c_fc, gate, up | normal, std initializer_range           |
+    | o_proj, c_proj, down_proj                | the same / sqrt(2 x layers): they write |
+    |                                          | to the residual stream                  |
+    | norms                                    | 1                                       |
+    | every bias                               | 0                                       |
     """
     config = model.config
     residual = config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
@@ -421,7 +489,8 @@ def initialize(model: CausalLM, generator: torch.Generator) -> None:
             elif "norm" in name:
                 parameter.fill_(1.0)
             else:
-                writes_residual = name.endswith(("o_proj.weight", "c_proj.weight"))
+                ends = ("o_proj.weight", "c_proj.weight", "down_proj.weight")
+                writes_residual = name.endswith(ends)
                 std = residual if writes_residual else config.initializer_range
                 parameter.normal_(0.0, std, generator=generator)
 
@@ -430,7 +499,7 @@ class ParameterCount(NamedTuple):
     """Numbers of parameters."""
 
     total: int
-    matrices: int  # the ones that are multiplied with, and weight-decayed
+    matrices: int  # in matrices, which are weight-decayed
 
 
 @functools.cache
@@ -449,8 +518,11 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
 def flops_per_token(config: ModelConfig, sequence_length: int, causal: bool = True) -> int:
     """Floating-point operations of forward and backward for one token of training.
 
-    6 per matrix parameter, plus attention: 12 x layers x width x sequence_length, of which a
-    causal mask needs half (the convention of arXiv 2204.02311, appendix B).
+    6 per matrix parameter, but for an embedding that is not the head's: tokens are looked up in it.
+    Plus attention: 12 x layers x width x sequence_length, of which a causal mask needs half (the
+    convention of arXiv 2204.02311, appendix B); grouped heads save memory, not operations.
     """
     attention = 12 * config.num_hidden_layers * config.hidden_size * sequence_length
-    return 6 * count_parameters(config).matrices + (attention // 2 if causal else attention)
+    looked_up = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    multiplied = count_parameters(config).matrices - looked_up
+    return 6 * multiplied + (attention // 2 if causal else attention)

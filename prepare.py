@@ -64,7 +64,8 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     with StopSignals():
-        arguments, config = cli.parse(parser, argv)
+        arguments = cli.parse(parser, argv)
+        config = cli.configuration(arguments)
         from smollm.data import token_cache  # what it needs may be missing: `execute` says so
 
         corpus = token_cache.prepare(config, log=cli.say, workers=arguments.workers)

@@ -3,6 +3,7 @@
     python train.py --config config.yaml --input_file input.txt --save_dir checkpoints
     python train.py --config config.yaml --input_file input.txt --save_dir checkpoints --resume auto
     python train.py --config config.yaml --dry_run training.batch_size=24 data.sequence_length=1024
+    python train.py --init_from HuggingFaceTB/SmolLM2-135M --input_file mine.txt --save_dir mine
 
 Words `section.key=value` override the configuration file; config.yaml explains every key. `train`
 is the training loop of both phases; one step of it is in smollm/training/step.py. torch is imported
@@ -11,6 +12,7 @@ only after everything that can be checked without it, so that a mistake is answe
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import sys
@@ -22,9 +24,10 @@ if __name__ == "__main__":  # PYTHONSAFEPATH leaves the script's folder out
     sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from smollm import atomic, cli, fault_injection, ranks
-from smollm.checkpoint import resume, store
+from smollm.checkpoint import pretrained, resume, store
+from smollm.checkpoint.pretrained import Pretrained
 from smollm.config import Config
-from smollm.errors import CheckpointError
+from smollm.errors import CheckpointError, ConfigError
 from smollm.signals import StopSignals
 from smollm.tracking import wandb_run
 from smollm.training.job import Job
@@ -73,6 +76,26 @@ def train(run: Run) -> None:
             run.save()
         if stop:
             break
+
+
+def starting_weights(arguments: argparse.Namespace) -> Pretrained | None:
+    """What --init_from names, for a run that is to start; a checkpoint in save_dir wins.
+
+    Raises:
+        UserError: it cannot be used, or --resume names a checkpoint.
+    """
+    source, resume_from, save_dir = arguments.init_from, arguments.resume, arguments.save_dir
+    if source is None:
+        return None
+    if resume_from not in ("never", "auto"):
+        raise ConfigError(
+            f"--init_from {source} starts a run and --resume {resume_from} goes on with one; give "
+            "one of them"
+        )
+    if resume_from == "auto" and store.steps(save_dir):
+        cli.say(f"--init_from {source} is not used: the run in {save_dir} goes on")
+        return None
+    return pretrained.find(source)
 
 
 def chosen_by_rank_0(config: Config, choose: Callable[[], Path | None]) -> Path | None:
@@ -131,10 +154,19 @@ def main(argv: list[str] | None = None) -> int:
         "--resume", type=cli.text, default="never", metavar="never|auto|PATH",
         help="go on from the newest checkpoint of --save_dir, or from a named one (never)",
     )  # fmt: skip
+    parser.add_argument(
+        "--init_from", type=cli.source, metavar="DIR_OR_HUB_ID",
+        help="start with these weights, and their tokenizer: a model's directory (Hugging Face's "
+        "form, Llama or Starcoder2), a checkpoint, or owner/name of the Hub",
+    )  # fmt: skip
     parser.add_argument("--dry_run", action="store_true", help="check everything, then end")
     with StopSignals() as stop:
-        arguments, config = cli.parse(parser, argv, "train_steps")
-        save_dir, log_dir, last = arguments.save_dir, arguments.log_dir, config.training.train_steps
+        arguments = cli.parse(parser, argv)
+        save_dir, log_dir = arguments.save_dir, arguments.log_dir
+        weights = starting_weights(arguments)
+        fixed = weights.fixed() if weights else resume.fixed_model(save_dir, arguments.resume)
+        config = cli.configuration(arguments, "train_steps", fixed)
+        last = config.training.train_steps
         if arguments.dry_run:
             store.refuse_nested(save_dir, "--save_dir")
             store.refuse_nested(log_dir, "--log_dir")
@@ -150,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
                 return 0
             job = Job(
                 config=config, phase=1, save_dir=save_dir, log_dir=log_dir, last=last,
-                resume_from=resume_from, stop=stop, dry_run=arguments.dry_run,
+                resume_from=resume_from, stop=stop, init_from=weights, dry_run=arguments.dry_run,
             )  # fmt: skip
             with open_run(job, held) as run:
                 if not job.dry_run:

@@ -104,7 +104,7 @@ def _run(
     np.save(path := directory / "tokens.npy", tokens)
     train, validation = (Tokens([(path, 0, size)]) for size in (count, min(count, 1024)))
     corpus = Corpus(
-        train, (Part("random", train, validation),), tokenizer.learn(["a text"], 258), 1, 0,
+        train, (Part("random", train, validation),), tokenizer.learn(["a text"], 258), 0, 1, 0,
         {"text_bytes": 0},
     )  # fmt: skip
     job = Job(config, 1, directory, directory, last, resume_from, StopSignals(), dry_run=not saves)
@@ -249,13 +249,13 @@ def _tokenized(seconds: float, tokens: int, arguments: argparse.Namespace) -> Re
 
 def tokenize_ours(config: Config, arguments: argparse.Namespace) -> Result:
     """From the text to verified token files, in an empty cache."""
-    tokenizer_json = (arguments.scratch / "tokenizer.json").read_text("utf-8")
+    given = tokenizer.read_files(arguments.scratch)
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as cache:
         text = str(arguments.scratch / "text.txt")
         data = dataclasses.replace(config.data, cache_dir=cache, input_files=(text,))
         began = time.perf_counter()
         corpus = token_cache.prepare(
-            dataclasses.replace(config, data=data), tokenizer_json, lambda line: None
+            dataclasses.replace(config, data=data), given, lambda line: None
         )
         return _tokenized(time.perf_counter() - began, corpus.tokens, arguments)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from smollm import ranks, signals
-from smollm.config import LAST_STEP, Config
+from smollm.config import LAST_STEP, Config, FixedModel
 from smollm.config_reader import load
 from smollm.errors import (
     NO_THREADS,
@@ -80,7 +80,7 @@ def path(word: str) -> Path:
 
 
 def source(word: str) -> str:
-    """An argparse type: a file, a folder, a glob or a URL, as text."""
+    """An argparse type: a file, a folder, a glob, a URL or an id of the Hub, as text."""
     return word if "://" in word else str(path(word))
 
 
@@ -110,35 +110,48 @@ def add_inputs(parser: ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def parse(
-    parser: ArgumentParser, argv: list[str] | None, steps_key: str | None = None
-) -> tuple[argparse.Namespace, Config]:
-    """The command line and the configuration that it names; every problem is reported together.
+def parse(parser: ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """The flags of a command line; what is not known of it waits for `configuration`.
 
     Args:
         argv: the words of the command line; None: the process's own.
-        steps_key: the key of the training section that --train_steps stands for, if it is a flag.
 
     Raises:
-        ConfigError: something is wrong with them, or with torchrun's variables.
+        ConfigError: a flag has a wrong value, or torchrun's variables do not agree.
     """
     ranks.check(os.environ)
     arguments, unknown = parser.parse_known_intermixed_args(argv)
+    arguments.unknown = [*unknown, *(w for w in arguments.overrides if w.startswith("-"))]
+    return arguments
+
+
+def configuration(
+    arguments: argparse.Namespace, steps_key: str | None = None, fixed: FixedModel | None = None
+) -> Config:
+    """The configuration that a command line names; every problem is reported together.
+
+    Args:
+        arguments: as `parse` gives them.
+        steps_key: the key of the training section that --train_steps stands for, if it is a flag.
+        fixed: the model of the weights that the command line names, if it names any.
+
+    Raises:
+        ConfigError: something is wrong with the configuration, or a flag is not known.
+    """
     words = [word for word in arguments.overrides if not word.startswith("-")]
-    unknown += [word for word in arguments.overrides if word.startswith("-")]
     flags: dict[str, tuple[str, Any]] = {}
     if steps_key and arguments.train_steps is not None:
         flags["--train_steps"] = (f"training.{steps_key}", arguments.train_steps)
     if arguments.input_file:
         flags["--input_file"] = ("data.input_files", arguments.input_file)
-    problems = [f"command line: unknown flag {word}" for word in unknown]
+    problems = [f"command line: unknown flag {word}" for word in arguments.unknown]
     try:
-        config = load(arguments.config, words, flags)
+        config = load(arguments.config, words, flags, fixed)
     except ConfigError as error:
         problems += error.problems
     if problems:
         raise ConfigError(*problems)
-    return arguments, config
+    return config
 
 
 def say(line: str) -> None:

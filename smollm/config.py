@@ -28,19 +28,36 @@ def _setting(
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The architecture: Hugging Face's `Starcoder2`."""
+    """The architecture: Hugging Face's `Starcoder2` or `Llama`.
 
+    What is None when it is constructed takes the family's value.
+    """
+
+    architecture: str = _setting("starcoder2", choices=("starcoder2", "llama"))
     vocab_size: int = _setting(50258, 2, 2**24)
     hidden_size: int = _setting(768, 2, 2**16)
     num_hidden_layers: int = _setting(12, 1, 1024)
     num_attention_heads: int = _setting(12, 1, 1024)
+    num_key_value_heads: int | None = _setting(None, 1, 1024)  # num_attention_heads
     intermediate_size: int = _setting(3072, 1, 2**18)
     max_position_embeddings: int = _setting(2048, 2, 2**20)
+    tie_word_embeddings: bool | None = _setting(None)  # starcoder2: true, llama: false
     rope_theta: float = _setting(10000.0, 1.0, 1e12)
     layer_norm_epsilon: float = _setting(1e-5, 1e-12, 0.1)
+    rms_norm_eps: float = _setting(1e-5, 1e-12, 0.1)
     initializer_range: float = _setting(0.02, 0.0, 1.0)
     dropout: float = _setting(0.0, 0.0, 0.9)
     attention: str = _setting("auto", choices=("auto", "flash_attn", "sdpa", "math"))
+
+    def __post_init__(self) -> None:
+        """Put the family's value where there is none."""
+        family = {
+            "num_key_value_heads": self.num_attention_heads,
+            "tie_word_embeddings": self.architecture == "starcoder2",
+        }
+        for name, value in family.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)  # it is frozen from here on
 
 
 @dataclass(frozen=True)
@@ -183,10 +200,22 @@ def replace_training(config: Config, **changes: Any) -> Config:
     return dataclasses.replace(config, training=dataclasses.replace(config.training, **changes))
 
 
-def conflicts(config: Config) -> Iterator[str]:
-    """Every problem between keys that are each valid alone, as a line that names the keys."""
-    model, training = config.model, config.training
-    heads, longest = model.num_attention_heads, model.max_position_embeddings
+@dataclass(frozen=True)
+class FixedModel:
+    """A model section that weights have, in place of the file's."""
+
+    model: ModelConfig
+    where: str  # in words
+
+    def values(self) -> dict[str, Any]:
+        """The keys that the weights fix: all but how the model is computed and trained."""
+        values = dataclasses.asdict(self.model)
+        return {key: value for key, value in values.items() if key not in ("dropout", "attention")}
+
+
+def model_conflicts(model: ModelConfig) -> Iterator[str]:
+    """Every problem between keys of the model section, as a line that names the keys."""
+    heads = model.num_attention_heads
     head_size, rest = divmod(model.hidden_size, heads)
     if rest:
         size = f"model.hidden_size {model.hidden_size}"
@@ -194,6 +223,22 @@ def conflicts(config: Config) -> Iterator[str]:
     elif head_size % 2:
         size = f"model.hidden_size / model.num_attention_heads is {head_size}"
         yield f"{size}; rotary embeddings need it even"
+    if heads % model.num_key_value_heads:
+        shared = f"model.num_key_value_heads {model.num_key_value_heads}"
+        yield f"model.num_attention_heads {heads} is not a multiple of {shared}"
+    used, other = "layer_norm_epsilon", "rms_norm_eps"
+    if model.architecture == "llama":
+        used, other = other, used
+    if getattr(model, other) != getattr(ModelConfig, other):
+        value = f"model.{other} {getattr(model, other)}"
+        yield f"{value} is not used by model.architecture {model.architecture}; set model.{used}"
+
+
+def conflicts(config: Config) -> Iterator[str]:
+    """Every problem between keys that are each valid alone, as a line that names the keys."""
+    model, training = config.model, config.training
+    yield from model_conflicts(model)
+    longest = model.max_position_embeddings
     for key, length in (
         ("data.sequence_length", config.data.sequence_length),
         ("generation.max_length", config.generation.max_length),

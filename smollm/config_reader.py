@@ -16,12 +16,21 @@ import difflib
 import math
 import os
 import re
+import types
 import typing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from smollm import atomic
-from smollm.config import Config, GenerationConfig, conflicts, sections
+from smollm.config import (
+    Config,
+    FixedModel,
+    GenerationConfig,
+    ModelConfig,
+    conflicts,
+    model_conflicts,
+    sections,
+)
 from smollm.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:  # imported where it is used: --help answers without it
@@ -42,6 +51,7 @@ def load(
     path: str | Path,
     overrides: list[str] | None = None,
     flags: dict[str, tuple[str, Any]] | None = None,
+    fixed: FixedModel | None = None,
 ) -> Config:
     """Read a configuration file, overrides and flags into a checked Config.
 
@@ -50,6 +60,7 @@ def load(
         overrides: words `section.key=value`, which win over the file.
         flags: by the name of a flag, the `section.key` that it stands for and the text, or texts,
             that were given; they win over both.
+        fixed: replaces the model section; an override that contradicts it is a problem.
 
     Raises:
         ConfigError: with every problem of the file, of the overrides and between keys.
@@ -64,6 +75,8 @@ def load(
     reader.read_overrides(overrides or [])
     for flag, (key, value) in (flags or {}).items():
         reader.set(flag, *key.split("."), value)
+    if fixed:
+        reader.fix_model(fixed)
     config = Config(**{name: kind(**reader.values[name]) for name, kind in sections().items()})
     # A default that stands in for a value that was refused must not conflict with the others.
     problems = reader.problems + [
@@ -111,6 +124,23 @@ def from_saved(values: dict[str, Any], where: str) -> Config:
     return Config(**{name: kind(**reader.values[name]) for name, kind in sections().items()})
 
 
+def model_config(values: dict[str, Any], where: str) -> ModelConfig:
+    """The model section with these values, checked like the file's.
+
+    Raises:
+        CheckpointError: with every problem.
+    """
+    reader = _Reader()
+    for key, value in values.items():
+        reader.set(where, "model", key, _as_text(value))
+    if reader.problems:
+        raise CheckpointError("; ".join(reader.problems))
+    config = ModelConfig(**reader.values["model"])
+    if wrong := list(model_conflicts(config)):
+        raise CheckpointError(f"{where}: {'; '.join(wrong)}")
+    return config
+
+
 def _as_text(value: Any) -> str:
     """A JSON value as the file would have it; a text is one, whatever it says."""
     if isinstance(value, str):
@@ -121,6 +151,9 @@ def _as_text(value: Any) -> str:
 def _expected(field: dataclasses.Field, kind: Any) -> str:
     """What a key accepts, in words."""
     low, high = field.metadata["minimum"], field.metadata["maximum"]
+    if isinstance(kind, types.UnionType):
+        inner = typing.get_args(kind)[0]
+        return _expected(field, inner) + (" or null" if inner is not str else "")
     if field.metadata["choices"]:
         return "one of " + ", ".join(field.metadata["choices"])
     if kind is bool:
@@ -139,8 +172,10 @@ def _parse_scalar(text: str, kind: Any) -> Any:
     """Convert one scalar's text to `kind`; raises ValueError where it is not of that kind."""
     text.encode()  # UnicodeEncodeError, a ValueError: no log or checkpoint could hold it
     is_null = text in _NULLS and not isinstance(text, _Quoted)
-    if kind == str | None and is_null:
-        return None
+    if isinstance(kind, types.UnionType):  # X | None
+        if is_null:
+            return None
+        kind = typing.get_args(kind)[0]
     shape = _SHAPES.get(kind)
     # Longer than 40 is no number that a key accepts, and the pattern takes quadratic time.
     if "\0" in text or (shape and (len(text) > 40 or not shape.fullmatch(text))):
@@ -162,7 +197,9 @@ def _parse(field: dataclasses.Field, kind: Any, value: Any) -> Any:
         raise ValueError(value)
     results = [_parse_scalar(text, item) for text in (value if many else [value])]
     low, high, choices = (field.metadata[name] for name in ("minimum", "maximum", "choices"))
-    if item in (int, float) and not all(math.isfinite(n) and low <= n <= high for n in results):
+    if low is not None and not all(
+        number is None or (math.isfinite(number) and low <= number <= high) for number in results
+    ):
         raise ValueError(value)
     if field.metadata["is_path"]:
         results = [text and os.path.expanduser(text) for text in results]  # `~`, as in a shell
@@ -231,6 +268,7 @@ class _Reader:
         self.values: dict[str, dict[str, Any]] = {name: {} for name in sections()}
         self.problems: list[str] = []
         self.refused: set[str] = set()  # keys whose value was refused
+        self.overridden: set[str] = set()  # keys that the command line names
 
     def set(self, where: str, section: str, key: str, value: Any) -> None:
         """Take one value (a text or a list of texts), or note what is wrong with it."""
@@ -315,6 +353,23 @@ class _Reader:
                 with contextlib.suppress(yaml.YAMLError, RecursionError):  # it stays a text then
                     value = _plain(yaml.compose(text, Loader=yaml.BaseLoader))
             self.set("command line", section, key, value)
+            self.overridden.add(f"{section}.{key}")
+
+    def fix_model(self, fixed: FixedModel) -> None:
+        """Take the model section of weights; note the overrides that contradict it."""
+        given = self.values["model"]
+        for key, value in fixed.values().items():
+            if f"model.{key}" in self.overridden and given.get(key) not in (None, value):
+                self.problems.append(
+                    f"command line: model.{key}={given[key]} contradicts {fixed.where}, which has "
+                    f"{value}; leave it out"
+                )
+            given[key] = value
+        if "tokenizer.source" in self.overridden:
+            self.problems.append(
+                f"command line: tokenizer.source has no effect: {fixed.where} has a tokenizer of "
+                "its own, which is used; leave it out"
+            )
 
 
 def _compose(path: Path) -> yaml.Node | None:

@@ -7,21 +7,18 @@ on the others of its batch.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import CausalLM, KVCache
-from smollm import atomic
-from smollm.checkpoint import huggingface, store
+from smollm.checkpoint import pretrained
+from smollm.checkpoint.pretrained import Pretrained
 from smollm.config import GenerationConfig
 from smollm.data.tokenizer import end_token, errors_named, parse
-from smollm.errors import CheckpointError, ConfigError
+from smollm.errors import ConfigError
 from smollm.randomness import derive_seed
 from smollm.tracking.metrics import perplexity
 
@@ -136,17 +133,17 @@ def generate_ids(
 
 
 def encode_prompts(
-    tokenizer: Tokenizer, prompts: Sequence[str], settings: GenerationConfig, limit: int
+    tokenizer: Tokenizer, end: int, prompts: Sequence[str], settings: GenerationConfig, limit: int
 ) -> list[list[int]]:
     """Each prompt's token ids; those of an empty one are the end-of-text token.
 
     Args:
+        end: the end-of-text token.
         limit: the tokens that the model can hold.
 
     Raises:
         ConfigError: a prompt leaves no room below max_length or in the model.
     """
-    end = end_token(tokenizer)
     with errors_named("the tokenizer"):
         ids = [tokenizer.encode(text, add_special_tokens=False).ids or [end] for text in prompts]
     for text, tokens in zip(prompts, ids, strict=True):
@@ -165,9 +162,12 @@ def encode_prompts(
 
 
 def generate(
-    model: CausalLM, tokenizer: Tokenizer, settings: GenerationConfig, seed: int
+    model: CausalLM, tokenizer: Tokenizer, end: int, settings: GenerationConfig, seed: int
 ) -> list[Sample]:
     """Texts, `num_samples` or one for each of n prompts; sample i continues prompt i mod n.
+
+    Args:
+        end: the end-of-text token, which ends a text.
 
     Raises:
         ConfigError: a prompt leaves no room below max_length.
@@ -175,8 +175,8 @@ def generate(
     numbers = range(max(settings.num_samples, len(settings.prompts)))
     prompts = [settings.prompts[i % len(settings.prompts)] for i in numbers]
     seeds = [derive_seed(seed, i, "sample") for i in numbers]
-    end = end_token(tokenizer)
-    ids = encode_prompts(tokenizer, prompts, settings, model.config.max_position_embeddings)
+    limit = model.config.max_position_embeddings
+    ids = encode_prompts(tokenizer, end, prompts, settings, limit)
     samples = []
     found = generate_ids(model, ids, settings, seeds, end)
     for prompt, prompt_ids, new in zip(prompts, ids, found, strict=True):
@@ -197,27 +197,20 @@ def _continuation(tokenizer: Tokenizer, prompt: list[int], new: list[int]) -> st
     return tokenizer.decode(new, skip_special_tokens=True)
 
 
-def load(directory: Path, device: torch.device, dtype: torch.dtype) -> tuple[CausalLM, Tokenizer]:
-    """The model of a checkpoint that `require_whole` has just found whole, and its tokenizer.
+def load(
+    found: Pretrained, device: torch.device, dtype: torch.dtype
+) -> tuple[CausalLM, Tokenizer, int]:
+    """A model, its tokenizer and the end-of-text token.
 
     Returns:
-        The model with its parameters in the compute dtype, in evaluation mode; the tokenizer.
+        The model, its parameters in the compute dtype, in evaluation mode; the tokenizer; an id.
 
     Raises:
-        CheckpointError: the checkpoint is not one of ours.
+        CheckpointError, InputError: its weights or its tokenizer cannot be used.
     """
-    try:
-        config = huggingface.model_config(atomic.read_json(directory / store.MODEL_CONFIG))
-        model = CausalLM(config, dtype)
-        model.load_state_dict(load_file(directory / store.WEIGHTS))
-        text = (directory / store.TOKENIZER).read_text(encoding="utf-8")
-    except (
-        OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, RuntimeError,
-        SafetensorError,
-    ) as error:  # fmt: skip
-        raise CheckpointError(f"{directory}: is not one of our checkpoints: {error}") from error
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise CheckpointError(f"{directory}: {name} holds numbers that are not finite")
-    tokenizer = parse(text, str(directory / store.TOKENIZER))
-    return model.to(device, dtype).eval(), tokenizer
+    files = found.tokenizer()
+    tokenizer = parse(files.content, files.where)
+    end = end_token(tokenizer, files.eos_token, files.where)
+    model = CausalLM(found.model, dtype)
+    model.load_state_dict(pretrained.read_weights(found))
+    return model.to(device, dtype).eval(), tokenizer, end

@@ -19,6 +19,7 @@ from smollm.config import Config
 from smollm.data import token_cache
 from smollm.data.corpus import Corpus
 from smollm.data.documents import SEPARATOR
+from smollm.data.tokenizer import TokenizerFiles
 
 GPT2, SHAKESPEARE = SHARED / "gpt2-tokenizer.json", SHARED / "tinyshakespeare.txt"
 MB = 1 << 20
@@ -35,8 +36,9 @@ def prepare(
 ) -> Corpus:  # fmt: skip
     """token_cache.prepare of these sources, which must end within `seconds`."""
     data = dataclasses.replace(config.data, input_files=tuple(map(str, paths)))
+    given = TokenizerFiles(tokenizer_json, None, "tokenizer.json") if tokenizer_json else None
     with limit(seconds):
-        return token_cache.prepare(dataclasses.replace(config, data=data), tokenizer_json, log)
+        return token_cache.prepare(dataclasses.replace(config, data=data), given, log)
 
 
 def write(tmp_path: Path, content: str | bytes) -> Path:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +80,24 @@ SMALL = ModelConfig(
 )  # fmt: skip
 
 
-def small_model(seed: int = 0) -> CausalLM:
-    """A model of the shape SMALL, fp32, with seeded weights."""
-    model = CausalLM(SMALL)
+# Both families, with and without grouped heads and tied embeddings, and with another rotary base.
+SHAPES = {
+    "starcoder2": SMALL,
+    "starcoder2, 1 of 4 heads, untied": replace(
+        SMALL, num_attention_heads=4, num_key_value_heads=1, tie_word_embeddings=False,
+        rope_theta=100_000.0,
+    ),
+    "llama": replace(
+        SMALL, architecture="llama", num_attention_heads=4, num_key_value_heads=2,
+        tie_word_embeddings=None, rope_theta=100_000.0, rms_norm_eps=1e-6,
+    ),
+    "llama, all heads, tied": replace(SMALL, architecture="llama", tie_word_embeddings=True),
+}  # fmt: skip
+
+
+def small_model(seed: int = 0, config: ModelConfig = SMALL) -> CausalLM:
+    """A model of the shape SMALL, or another one, fp32, with seeded weights."""
+    model = CausalLM(config)
     initialize(model, torch.Generator().manual_seed(seed))
     return model
 

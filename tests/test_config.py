@@ -90,17 +90,20 @@ def assert_valid(config: Config) -> None:
             many = typing.get_origin(hint) is tuple
             item = typing.get_args(hint)[0] if many else hint
             assert isinstance(value, tuple) or not many, where
+            if isinstance(item, types.UnionType):
+                item, none = typing.get_args(item)
+                assert none is type(None)
+                if value is None:
+                    continue
             for one in value if many else (value,):
-                if isinstance(item, types.UnionType):
-                    assert one is None or isinstance(one, str), where
-                else:
-                    assert type(one) is item, where
+                assert type(one) is item, where
                 if item in (int, float):
                     low, high = field.metadata["minimum"], field.metadata["maximum"]
                     assert math.isfinite(one) and low <= one <= high, where
                 if field.metadata["choices"]:
                     assert one in field.metadata["choices"], where
     assert config.model.hidden_size % (2 * config.model.num_attention_heads) == 0
+    assert config.model.num_attention_heads % config.model.num_key_value_heads == 0
     json.dumps(to_dict(config), allow_nan=False)
     assert config_reader.from_saved(to_dict(config), "saved") == config
 
@@ -309,6 +312,8 @@ def right_values(rng: random.Random) -> list[str]:
         kind = sections()[section]
         field = {field.name: field for field in dataclasses.fields(kind)}[key]
         hint, data = typing.get_type_hints(kind)[key], field.metadata
+        if isinstance(hint, types.UnionType):
+            hint = typing.get_args(hint)[0]
         if data["choices"]:
             value = rng.choice(data["choices"])
         elif hint is bool:

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from smollm import generation
+from smollm.checkpoint import pretrained
 from smollm.config import GenerationConfig
-from smollm.data.tokenizer import end_token
 from smollm.randomness import derive_seed
 
 PROBABILITIES = torch.tensor([[0.1, 0.4, 0.2, 0.3]])
@@ -160,13 +160,14 @@ def test_perplexity_is_that_of_the_model(run: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     directory = run / "run/checkpoints/latest"
-    model, tokenizer = generation.load(directory, torch.device("cpu"), torch.float32)
+    found = pretrained.find(str(directory))
+    model, tokenizer, end = generation.load(found, torch.device("cpu"), torch.float32)
     settings = GenerationConfig(max_length=30, prompts=("The sea was",), num_samples=1)
-    sample = generation.generate(model, tokenizer, settings, seed=1)[0]
+    sample = generation.generate(model, tokenizer, end, settings, seed=1)[0]
     prompt = tokenizer.encode("The sea was").ids
     found = generation.generate_ids(
         model, [prompt], settings, [derive_seed(1, 0, "sample")],
-        end_token(tokenizer),
+        end,
     )[0]  # fmt: skip
     new = found.ids
     theirs = AutoModelForCausalLM.from_pretrained(directory)
@@ -236,7 +237,7 @@ def test_a_model_directory_of_another_tool(run: Path, tmp_path: Path) -> None:
         assert refused.returncode == 3 and "damaged" not in refused.stdout.lower(), refused.stdout
         assert "without manifest.json and training state" in refused.stdout
     (copy / "tokenizer.json").unlink()
-    assert "manifest.json is missing" in generate(run, "--checkpoint", str(copy)).stdout
+    assert "copy: has no tokenizer.json" in generate(run, "--checkpoint", str(copy)).stdout
 
 
 def test_transformers_takes_longer_prompts_than_our_samples(run: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The model against Hugging Face's Starcoder2 and against its own promises (M1, E5)."""
+"""The model against Hugging Face's Starcoder2 and Llama and its own promises (M1, E5)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers import SMALL, random_batch, small_model
+from helpers import SHAPES, SMALL, random_batch, small_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Starcoder2Config, Starcoder2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from model import (
     IGNORE_INDEX,
@@ -35,14 +35,19 @@ from model import (
 from smollm import attention as kernels
 from smollm.checkpoint import huggingface as hf
 from smollm.config import ModelConfig
+from smollm.config_reader import model_config
+
+families = pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES.keys())
 
 
-def huggingface(model: CausalLM) -> Starcoder2ForCausalLM:
+def huggingface(model: CausalLM) -> PreTrainedModel:
     """The same weights in Hugging Face's architecture."""
-    config = Starcoder2Config(**hf.config_json(model.config, 0, 1))
-    theirs = Starcoder2ForCausalLM(config).eval()
+    values = hf.config_json(model.config, 0, 1)
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values)).eval()
+    assert type(theirs).__name__ == values["architectures"][0]
     missing = theirs.load_state_dict(model.state_dict(), strict=False)
-    assert missing.missing_keys == ["lm_head.weight"] and not missing.unexpected_keys
+    tied = ["lm_head.weight"] if model.config.tie_word_embeddings else []
+    assert missing.missing_keys == tied and not missing.unexpected_keys
     return theirs
 
 
@@ -63,10 +68,11 @@ def test_flops_are_those_of_the_arithmetic() -> None:
     assert found == pytest.approx([797.8, 854.4, 854.4, 967.7], abs=0.05)
 
 
+@families
 @pytest.mark.parametrize("attention", ["math", "sdpa"])
-def test_logits_and_loss_equal_hugging_face(attention: str) -> None:
+def test_logits_and_loss_equal_hugging_face(config: ModelConfig, attention: str) -> None:
     """Same weights, same logits (1e-5 in fp32), same loss and gradients."""
-    ours = CausalLM(SMALL, torch.float32, attention)
+    ours = CausalLM(config, torch.float32, attention)
     generator = torch.Generator().manual_seed(0)
     initialize(ours, generator)
     with torch.no_grad():  # biases and norms are trivial when fresh: make them count
@@ -80,16 +86,24 @@ def test_logits_and_loss_equal_hugging_face(attention: str) -> None:
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
     loss.backward()
     expected.backward()
-    torch.testing.assert_close(
-        ours.model.layers[0].self_attn.k_proj.weight.grad,
-        theirs.model.layers[0].self_attn.k_proj.weight.grad,
-        atol=1e-5, rtol=1e-4,
-    )  # fmt: skip
+    expected = {name: p.grad for name, p in theirs.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], atol=1e-5, rtol=1e-4)
 
 
-def test_bf16_is_near_fp32() -> None:
+def test_flops_of_an_untied_model_leave_the_look_up_out() -> None:
+    """An embedding that is not the head's is not multiplied with; grouped heads save nothing."""
+    shape = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    config = ModelConfig("llama", 100, **shape, intermediate_size=12, num_key_value_heads=1)
+    products = 8 * 8 * 2 + 2 * 8 * 4 + 3 * 8 * 12 + 8 * 100  # q and o; k and v; the MLP; the head
+    assert count_parameters(config) == (products + 8 * 100 + 3 * 8, products + 8 * 100)
+    assert flops_per_token(config, 10, causal=False) == 6 * products + 12 * 8 * 10
+
+
+@families
+def test_bf16_is_near_fp32(config: ModelConfig) -> None:
     """bf16 compute from the same fp32 masters: logits within 2e-2 of their scale."""
-    full, half = small_model(), small_model()
+    full, half = small_model(config=config), small_model(config=config)
     half.dtype = torch.bfloat16
     input_ids, labels = random_batch(2)
     logits = half(input_ids)
@@ -144,15 +158,19 @@ def test_rotary_scores_depend_on_the_distance_only() -> None:
     assert score(5, 3) != pytest.approx(score(5, 13), abs=1e-3)
 
 
-def test_key_value_cache_equals_no_cache() -> None:
-    """Token by token, in chunks, and with rows of different lengths: the same logits."""
-    model = small_model()
+@families
+def test_key_value_cache_equals_no_cache(config: ModelConfig) -> None:
+    """Token by token, in chunks, and with rows of different lengths: the same logits. It holds the
+    heads of keys and values only."""
+    model = small_model(config=config)
     input_ids, _ = random_batch(2)
     whole = model(input_ids)
-    cache = KVCache(SMALL, 2, 16, input_ids.device, torch.float32)
+    cache = KVCache(config, 2, 16, input_ids.device, torch.float32)
+    head_size = config.hidden_size // config.num_attention_heads
+    assert cache.keys[0].shape == (2, 16, config.num_key_value_heads, head_size)
     parts = [model(input_ids[:, a:b], cache=cache) for a, b in ((0, 7), (7, 8), (8, 12), (12, 16))]
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=1e-5)
-    ragged = KVCache(SMALL, 2, 16, input_ids.device, torch.float32)
+    ragged = KVCache(config, 2, 16, input_ids.device, torch.float32)
     model(input_ids[:, :8], cache=ragged)
     ragged.set_lengths([5, 8])  # the first row's last three tokens never were
     step = model(torch.stack([input_ids[0, 5:6], input_ids[1, 8:9]]), cache=ragged)
@@ -172,28 +190,30 @@ class CountOperations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_what_gradient_checkpointing_computes_again() -> None:
-    """Selective: GELU, not the matrix products, which are kept; full: both."""
+@pytest.mark.parametrize(("family", "activation"), [("starcoder2", "gelu"), ("llama", "silu")])
+def test_what_gradient_checkpointing_computes_again(family: str, activation: str) -> None:
+    """Selective: the activation, not the matrix products, which are kept; full: both."""
     seen = {}
     for mode in ("none", "selective", "full"):
-        model = small_model()
+        model = small_model(config=SHAPES[family])
         model.model.gradient_checkpointing = mode
         with CountOperations() as operations:
             model(*random_batch(2)).backward()
         products = sum(operations.counts[name] for name in ("mm", "addmm", "bmm"))
-        seen[mode] = (operations.counts["gelu"], products)
+        seen[mode] = (operations.counts[activation], products)
     layers = SMALL.num_hidden_layers
     assert [seen[mode][0] for mode in seen] == [layers, 2 * layers, 2 * layers]
     assert seen["none"][1] == seen["selective"][1] < seen["full"][1]
 
 
+@families
 @pytest.mark.parametrize("mode", ["selective", "full"])
-def test_gradient_checkpointing_changes_no_gradient(mode: str) -> None:
+def test_gradient_checkpointing_changes_no_gradient(config: ModelConfig, mode: str) -> None:
     """E5: the same loss and gradients; with full, fewer tensors kept."""
     batch = random_batch(2)
     results = []
     for setting in ("none", mode):
-        model = small_model()
+        model = small_model(config=config)
         model.model.gradient_checkpointing = setting
         kept = 0
 
@@ -239,6 +259,14 @@ def test_initial_weights() -> None:
     assert float(layer.self_attn.o_proj.weight.detach().std()) == pytest.approx(0.02 / 2, rel=0.1)
     assert (layer.mlp.c_fc.bias == 0).all() and (layer.input_layernorm.weight == 1).all()
     assert float(model(*random_batch(8)).detach()) == pytest.approx(math.log(130), abs=0.05)
+    llama = small_model(config=SHAPES["llama"])
+    layer, narrow = llama.model.layers[1], {"o_proj", "down_proj"}
+    for module in (layer.self_attn, layer.mlp):
+        for name, linear_layer in module.named_children():
+            std = 0.02 / 2 if name in narrow else 0.02
+            assert float(linear_layer.weight.detach().std()) == pytest.approx(std, rel=0.1), name
+    assert float(llama.lm_head.weight.detach().std()) == pytest.approx(0.02, rel=0.1)
+    assert not [name for name, _ in llama.named_parameters() if "bias" in name]
 
 
 def test_head_is_padded_on_the_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,10 +340,13 @@ def test_few_rows_give_the_same_product(rows: int) -> None:
 
 
 def flash_stand_in(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
-    """flash_attn_func by its documentation: (B, T, H, D), and attention by its definition."""
+    """flash_attn_func by its documentation: (B, T, H, D), and attention by its definition; with
+    fewer heads of k and v, head h of q goes with h // (heads of q / heads of k) of theirs."""
     assert causal, "the model must ask for causal attention"
     batch, length, heads, size = q.shape
-    assert (length, heads, size) == (16, 2, 16), f"not (B, T, H, D): {tuple(q.shape)}"
+    assert (length, heads * size) == (16, 32) and heads < 8, f"not (B, T, H, D): {tuple(q.shape)}"
+    number = torch.arange(heads) // (heads // k.size(2))
+    k, v = k[:, :, number], v[:, :, number]
     out = torch.zeros_like(q)
     for t in range(length):
         scores = torch.einsum("bhd,bshd->bhs", q[:, t], k[:, : t + 1]) / math.sqrt(size)
@@ -323,44 +354,49 @@ def flash_stand_in(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Ten
     return out
 
 
+@families
 @pytest.mark.parametrize("version", [2, 3])
-def test_flash_attention_layout(monkeypatch: pytest.MonkeyPatch, version: int) -> None:
-    """The flash-attn path gives the logits of the others."""
+def test_flash_attention_layout(
+    monkeypatch: pytest.MonkeyPatch, version: int, config: ModelConfig
+) -> None:
+    """The flash-attn path gives the logits of the others, and takes grouped heads as they are."""
     name = {2: "flash_attn", 3: "flash_attn_interface"}[version]
     module = types.ModuleType(name)
     module.flash_attn_func = flash_stand_in
     monkeypatch.setitem(sys.modules, name, module)
-    model = CausalLM(SMALL, torch.float32, f"flash_attn_{version}")
-    model.load_state_dict(small_model().state_dict())
+    model = CausalLM(config, torch.float32, f"flash_attn_{version}")
+    expected = small_model(config=config)
+    model.load_state_dict(expected.state_dict())
     input_ids, labels = random_batch(2)
-    expected = small_model()
     torch.testing.assert_close(model(input_ids), expected(input_ids), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(model(input_ids, labels), expected(input_ids, labels))
 
 
-def test_attention_functions_agree() -> None:
-    """sdpa and math on the same q, k, v."""
+@pytest.mark.parametrize("shared", [4, 2, 1])
+def test_attention_functions_agree(shared: int) -> None:
+    """sdpa and math on the same q, k, v, with as many heads of k and v or fewer."""
     q, k, v = torch.randn(3, 2, 16, 4, 8, generator=torch.Generator().manual_seed(0))
+    k, v = k[:, :, :shared], v[:, :, :shared]
     torch.testing.assert_close(
         attention_sdpa(q, k, v), attention_math(q, k, v), atol=1e-6, rtol=1e-5
     )
 
 
-def test_huggingface_config_round_trip() -> None:
-    """config.json gives the architecture back; another architecture is refused."""
-    values = hf.config_json(SMALL, 0, 1)
-    assert hf.model_config(values) == SMALL
-    with pytest.raises(ValueError, match="model_type"):
-        hf.model_config({**values, "model_type": "llama"})
+@families
+def test_huggingface_config_round_trip(config: ModelConfig) -> None:
+    """config.json gives the architecture back."""
+    assert model_config(hf.model_values(hf.config_json(config, 0, 1)), "here") == config
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("shared", [4, 2, 1])
 @pytest.mark.parametrize("attention", ["sdpa", "math", "auto"])
-def test_attention_on_the_gpu(attention: str) -> None:
-    """Each backend in bf16 on the GPU against fp32 mathematics: 2e-2."""
+def test_attention_on_the_gpu(attention: str, shared: int) -> None:
+    """Each backend in bf16 on the GPU against fp32 mathematics: 2e-2; grouped heads too."""
     device = torch.device("cuda")
     generator = torch.Generator(device).manual_seed(0)
     q, k, v = torch.randn(3, 2, 256, 4, 64, device=device, generator=generator)
+    k, v = k[:, :, :shared], v[:, :, :shared]
     chosen = kernels.choose(attention, device, torch.bfloat16)
     out = attention_function(chosen.name)(q.bfloat16(), k.bfloat16(), v.bfloat16()).float()
     torch.testing.assert_close(out, attention_math(q, k, v), atol=2e-2, rtol=2e-2)

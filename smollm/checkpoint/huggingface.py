@@ -1,42 +1,67 @@
 """The files that make a checkpoint a Hugging Face model directory, from our configuration and back.
 
-https://huggingface.co/docs/transformers/model_doc/starcoder2 is the architecture.
+https://huggingface.co/docs/transformers/model_doc/starcoder2 and .../llama are the architectures.
 """
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from smollm.checkpoint import store
 from smollm.config import GenerationConfig, ModelConfig
-from smollm.data.tokenizer import PAD
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+FAMILIES = {"starcoder2": "Starcoder2ForCausalLM", "llama": "LlamaForCausalLM"}
+# What a family has in common: keys of config.json that have one value here. transformers takes the
+# same where a key is missing.
+_FIXED = {
+    "starcoder2": {"hidden_act": "gelu_pytorch_tanh", "use_bias": True},
+    "llama": {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+}
+# And what transformers takes where one of the others is missing.
+_MISSING = {
+    "starcoder2": {
+        "num_key_value_heads": 2, "max_position_embeddings": 4096, "norm_epsilon": 1e-5,
+        "initializer_range": 0.018042, "tie_word_embeddings": True,
+    },
+    "llama": {
+        "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "initializer_range": 0.02,
+        "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+_SAME = (  # names that config.json and our configuration share
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "intermediate_size", "max_position_embeddings", "initializer_range", "tie_word_embeddings",
+)  # fmt: skip
+_EPSILON = {  # of the norms: our name, and config.json's
+    "starcoder2": ("layer_norm_epsilon", "norm_epsilon"),
+    "llama": ("rms_norm_eps", "rms_norm_eps"),
+}
+_DROPOUTS = ("attention_dropout", "residual_dropout", "embedding_dropout")
 
 
 def config_json(config: ModelConfig, eos: int | None, pad: int | None) -> dict[str, Any]:
-    """config.json: the model as Hugging Face's `Starcoder2`.
+    """config.json: the model as Hugging Face's `Starcoder2` or `Llama`.
 
     Args:
         eos, pad: ids of the end-of-text and the padding token.
     """
+    family = config.architecture
+    ours, theirs = _EPSILON[family]
+    residual = {"residual_dropout": config.dropout, "embedding_dropout": config.dropout}
+    starcoder2 = {"sliding_window": None, **residual} if family == "starcoder2" else {}
     return {
-        "architectures": ["Starcoder2ForCausalLM"],
-        "model_type": "starcoder2",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_attention_heads,
-        "hidden_act": "gelu_pytorch_tanh",
-        "max_position_embeddings": config.max_position_embeddings,
-        "initializer_range": config.initializer_range,
-        "norm_epsilon": config.layer_norm_epsilon,
+        "architectures": [FAMILIES[family]],
+        "model_type": family,
+        **{name: getattr(config, name) for name in _SAME},
+        **_FIXED[family],
+        theirs: getattr(config, ours),
         "rope_theta": config.rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "sliding_window": None,
         "attention_dropout": 0.0,
-        "residual_dropout": config.dropout,
-        "embedding_dropout": config.dropout,
-        "use_bias": True,
-        "tie_word_embeddings": True,
+        **starcoder2,
         "use_cache": True,
         "bos_token_id": eos,
         "eos_token_id": eos,
@@ -45,41 +70,73 @@ def config_json(config: ModelConfig, eos: int | None, pad: int | None) -> dict[s
     }
 
 
-def model_config(values: dict[str, Any]) -> ModelConfig:
-    """The inverse of `config_json`.
+def model_values(values: dict[str, Any]) -> dict[str, Any]:
+    """What a config.json says of our configuration's model section, unchecked.
 
     Raises:
-        ValueError: the config.json is of another architecture than ours.
-        KeyError, TypeError: it lacks a key, or is malformed.
+        ValueError: the model computes something that ours does not; it is named.
+        KeyError, TypeError, AttributeError: a key is missing or malformed.
     """
-    fixed = config_json(ModelConfig(), None, None)
-    for key in ("model_type", "hidden_act", "use_bias", "tie_word_embeddings", "sliding_window"):
-        if values.get(key, fixed[key]) != fixed[key]:
-            raise ValueError(f"{key} is {values[key]!r}, expected {fixed[key]!r}")
-    if values.get("num_key_value_heads") != values.get("num_attention_heads"):
-        raise ValueError("num_key_value_heads differs from num_attention_heads")
-    same = (
-        "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-        "intermediate_size", "max_position_embeddings", "initializer_range",
-    )  # fmt: skip
-    return ModelConfig(
-        **{name: values[name] for name in same},
-        rope_theta=(values.get("rope_parameters") or values)["rope_theta"],
-        layer_norm_epsilon=values["norm_epsilon"],
-        dropout=values["residual_dropout"],
-    )
+    family = values.get("model_type")
+    if family not in FAMILIES:
+        raise ValueError(f"model_type is {family!r}, and only starcoder2 and llama are known")
+    for key, expected in _FIXED[family].items():
+        if values.get(key, expected) != expected:
+            raise ValueError(f"{key} is {values[key]!r}, and only {expected!r} is computed here")
+    values = {**_MISSING[family], **values}
+    for what in _not_computed(values):
+        raise ValueError(f"{what} is not computed here")
+    ours, theirs = _EPSILON[family]
+    if values.get("num_key_value_heads") is None:
+        values["num_key_value_heads"] = values["num_attention_heads"]
+    rope = values.get("rope_parameters") or {}
+    return {
+        "architecture": family,
+        **{name: values[name] for name in _SAME},
+        ours: values[theirs],
+        "rope_theta": rope.get("rope_theta", values.get("rope_theta", 10000.0)),
+    }
+
+
+def _not_computed(values: dict[str, Any]) -> list[str]:
+    """The features of a model of our families that ours lacks."""
+    found = []
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = values.get(key) or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default" or any(isinstance(value, dict) for value in rope.values()):
+            found.append(f"{key} {kind if kind != 'default' else 'by layer'}")
+    rotated = (values.get("rope_parameters") or {}).get("partial_rotary_factor", 1.0)
+    if (rotated or 1.0) != 1.0 or (values.get("partial_rotary_factor") or 1.0) != 1.0:
+        found.append("partial_rotary_factor")
+    window = values.get("sliding_window")
+    if window is not None and window < values["max_position_embeddings"]:
+        found.append(f"sliding_window {window}")
+    kinds = set(values.get("layer_types") or ()) - {"full_attention"}
+    found += [f"layer_types {kind}" for kind in sorted(kinds)]
+    head_size = values["hidden_size"] // max(1, values["num_attention_heads"])
+    if values.get("head_dim") not in (None, head_size):
+        found.append(f"head_dim {values['head_dim']} (hidden_size / heads is {head_size})")
+    if values.get("quantization_config"):
+        found.append("quantization_config")
+    return found
+
+
+def dropouts(values: dict[str, Any]) -> str:
+    """The dropout probabilities of a config.json that are not 0, in words; else empty."""
+    return ", ".join(f"{key} {values[key]}" for key in _DROPOUTS if values.get(key))
 
 
 def model_documents(
-    config: dict[str, Any], generation: GenerationConfig, tokenizer_json: str, end: str
+    config: dict[str, Any], generation: GenerationConfig, tokenizer: Tokenizer
 ) -> dict[str, Any]:
     """The JSON files beside the weights, by their names.
 
     Args:
         config: config.json's content.
-        end: the end-of-text token's text.
     """
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    texts = {key.removesuffix("_id"): tokenizer.id_to_token(number) for key, number in ids.items()}
     # It describes the model, not the length of our samples; and with do_sample false transformers
     # warns of settings for sampling, older versions refuse them.
     sampling: dict[str, Any] = {"do_sample": generation.temperature > 0}
@@ -89,12 +146,10 @@ def model_documents(
     return {
         store.MODEL_CONFIG: config,
         store.GENERATION_CONFIG: {**ids, **sampling},
-        store.TOKENIZER: tokenizer_json,
+        store.TOKENIZER: tokenizer.to_str(),
         store.TOKENIZER_CONFIG: {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": end,
-            "eos_token": end,
-            "pad_token": PAD,
+            **texts,
             "model_max_length": config["max_position_embeddings"],
             "clean_up_tokenization_spaces": False,
         },

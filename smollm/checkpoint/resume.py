@@ -6,12 +6,15 @@ from typing import Any
 
 from smollm import atomic
 from smollm.checkpoint import store
-from smollm.config import Config, differences, replace_training
+from smollm.config import Config, FixedModel, differences, replace_training
 from smollm.config_reader import from_saved
 from smollm.errors import CheckpointError, ConfigError
 
-# Keys that change what a model computes without changing the shapes of its weights.
-_FUNCTION_KEYS = ("num_attention_heads", "rope_theta", "layer_norm_epsilon")
+# Keys that change what a model computes, perhaps without changing the shapes of its weights.
+_FUNCTION_KEYS = (
+    "architecture", "num_attention_heads", "num_key_value_heads", "tie_word_embeddings",
+    "rope_theta", "layer_norm_epsilon", "rms_norm_eps",
+)  # fmt: skip
 
 
 def find_resume(save_dir: Path, resume: str, log: Callable[[str], None]) -> Path | None:
@@ -54,6 +57,29 @@ def find_resume(save_dir: Path, resume: str, log: Callable[[str], None]) -> Path
                 f"--resume {path}: {directory} is of another run; name another --save_dir"
             )
     return path
+
+
+def fixed_model(save_dir: Path, resume: str) -> FixedModel | None:
+    """The model of a run that goes on and that began with another model's weights (--init_from).
+
+    Its shapes are in the checkpoint, not in the configuration file.
+
+    Args:
+        resume: never, auto, or the path of a checkpoint.
+    """
+    candidates = [atomic.follow(Path(resume))]
+    if resume in ("never", "auto"):
+        found = store.steps(save_dir) if resume == "auto" else []
+        candidates = [store.directory_of(save_dir, step) for step in reversed(found)]
+    for directory in candidates:
+        try:
+            state = store.read_trainer_state(directory)
+        except CheckpointError:  # damaged: `find_resume` names it and takes the one before it
+            continue
+        if state.get("init_from") is None:
+            return None
+        return FixedModel(from_saved(state["config"], str(directory)).model, str(directory))
+    return None
 
 
 def find_continuation(start: Path, start_step: int, last: int, log: Callable[[str], None]) -> Path:

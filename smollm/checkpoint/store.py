@@ -65,6 +65,7 @@ _SCHEMA: dict[str, Callable[[Any], bool]] = {
         value is None or bool(re.fullmatch(RUN_ID, str(value))) and isinstance(value, str)
     ),
     "parent": lambda value: value is None or isinstance(value, str),
+    "init_from": lambda value: value is None or isinstance(value, str),
     "position": lambda value: (
         value is None
         or (isinstance(value, dict) and all(_is_count(value.get(k)) for k in ("epoch", "windows")))
@@ -309,7 +310,8 @@ def require_whole(directory: Path) -> None:
     if is_model_only(directory):
         raise CheckpointError(
             f"{directory}: is a model without {atomic.MANIFEST} and training state (saved by "
-            "another tool, or copied in part): generate.py takes it, but no run can go on from it"
+            "another tool, or copied in part): no run can go on from it; train.py --init_from "
+            "starts a new one from its weights, and generate.py and evaluate.py take it"
         )
     if wrong := problem(directory):
         raise CheckpointError(f"{directory}: damaged: {wrong}{_others(directory)}")

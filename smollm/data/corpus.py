@@ -12,6 +12,7 @@ from smollm.data import heldout, shards
 from smollm.data.files import Source
 from smollm.data.hashes import Identity, key
 from smollm.data.shards import FileTokens, Tokens
+from smollm.data.tokenizer import Encoder
 from smollm.errors import InputError
 
 
@@ -31,6 +32,7 @@ class Corpus:
     train: Tokens  # of all sources, one after the other
     parts: tuple[Part, ...]  # one for each source, and one for data.validation_file
     tokenizer: Tokenizer
+    end: int  # the id of the end-of-text token
     documents: int
     text_bytes: int  # of the documents' texts, in UTF-8
     fingerprint: dict[str, Any]  # of the text, the tokenizer and the split
@@ -74,13 +76,13 @@ class HashedFile:
 
 def build(
     config: Config, sources: list[Source], hashed: dict[Path, HashedFile],
-    found: dict[Path, FileTokens], tokenizer: Tokenizer,
+    found: dict[Path, FileTokens], tokenizer: Tokenizer, encoder: Encoder,
 ) -> Corpus:  # fmt: skip
     """The corpus of tokens that are on the disk.
 
     Args:
         sources: of the input; where there is a data.validation_file it is the last.
-        found: the tokens of each file, which `tokenizer` made.
+        found: the tokens of each file, which `encoder` made with `tokenizer`.
     """
     of_file, fraction = config.data.validation_file, config.data.validation_fraction
     parts, made_of = [], []
@@ -91,7 +93,7 @@ def build(
         if of_file:
             cut = 0 if source is sources[-1] else count
         else:
-            cut = heldout.offset(every, fraction, tokenizer)
+            cut = heldout.offset(every, fraction, encoder)
         # A text that has no separator at its end has no end-of-text there, unless another follows.
         if cut < count and in_order[-1].open_end:
             count -= 1
@@ -103,6 +105,7 @@ def build(
         train=Tokens(part for each in parts for part in each.train.parts),
         parts=tuple(parts),
         tokenizer=tokenizer,
+        end=encoder.end,
         documents=sum(shard.documents for shard in every),
         text_bytes=sum(shard.bytes for shard in every),
         fingerprint={

@@ -8,20 +8,19 @@ offset, so that no text is read for it.
 from collections.abc import Sequence
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from smollm.data.documents import PIECE, best_boundary, next_break
 from smollm.data.shards import TOKENS, Shard
 from smollm.data.tokenizer import Encoder
 
 
-def offset(shards: Sequence[Shard], fraction: float, tokenizer: Tokenizer) -> int:
+def offset(shards: Sequence[Shard], fraction: float, encoder: Encoder) -> int:
     """The number of tokens before the held-out part of a source.
 
     Args:
         shards: of all files of the source, in order.
         fraction: of its characters, to be held out.
-        tokenizer: made the tokens.
+        encoder: made the tokens.
     """
     total = sum(shard.characters for shard in shards)
     starts = np.cumsum([0, *(shard.characters for shard in shards)])
@@ -33,7 +32,7 @@ def offset(shards: Sequence[Shard], fraction: float, tokenizer: Tokenizer) -> in
     around = _around(shards, starts, tokens, at, target)
     if (best := best_boundary(total, fraction, around)) is not None:
         return around[best]
-    return int(tokens[at]) + _inside(shards[at], int(target) - int(starts[at]), tokenizer)
+    return int(tokens[at]) + _inside(shards[at], int(target) - int(starts[at]), encoder)
 
 
 def _around(
@@ -59,7 +58,7 @@ def _around(
     return found
 
 
-def _inside(shard: Shard, place: int, tokenizer: Tokenizer) -> int:
+def _inside(shard: Shard, place: int, encoder: Encoder) -> int:
     """The tokens of a shard before a place in the middle of a document: the next line or word end.
 
     Args:
@@ -76,7 +75,6 @@ def _inside(shard: Shard, place: int, tokenizer: Tokenizer) -> int:
     if len(ids) > 4 * PIECE:  # a document that the tokenizer does not allow to cut
         skipped = len(ids) * after // length
         first, after, ids = first + skipped, 0, ids[skipped : skipped + PIECE]
-    encoder = Encoder(tokenizer.to_str())
     text = encoder.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
     if after >= len(text):
         return first + count

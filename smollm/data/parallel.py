@@ -45,12 +45,11 @@ def cores() -> int:
 
 
 def tokenize(
-    tasks: list[Task], tokenizer_json: str, workers: int | None, log: Log
+    tasks: list[Task], encoder: Encoder, workers: int | None, log: Log
 ) -> dict[Path, FileTokens]:
     """Tokenize files; returns the tokens of each by its directory.
 
     Args:
-        tokenizer_json: see `tokenizer.Encoder`.
         workers: processes to use; None: as many as the files are worth.
 
     Raises:
@@ -63,8 +62,8 @@ def tokenize(
     workers = min(workers, len(tasks))
     with Progress("tokenizing", size, log) as progress:
         if workers > 1:
-            return _at_once(tasks, tokenizer_json, workers, progress)
-        encoder, found = Encoder(tokenizer_json), {}
+            return _at_once(tasks, encoder, workers, progress)
+        found = {}
         for task in tasks:
             reader = task.reader.again(progress.update)
             found[task.directory] = shards.tokenize(reader, encoder, task.directory)
@@ -101,7 +100,7 @@ class _Worker:
 
 
 def _at_once(
-    tasks: list[Task], tokenizer_json: str, count: int, progress: Progress
+    tasks: list[Task], encoder: Encoder, count: int, progress: Progress
 ) -> dict[Path, FileTokens]:
     waiting = deque(sorted(tasks, key=lambda task: -task.reader.identity.size))  # largest first
     workers: list[_Worker] = []
@@ -112,7 +111,7 @@ def _at_once(
             workers.append(_Worker(threads=-(-cores() // count)))
             connection = workers[-1].connection
             busy[connection] = waiting.popleft()
-            connection.send(tokenizer_json)
+            connection.send((encoder.content, encoder.end))
             connection.send(busy[connection])
         while busy:
             for connection in wait(list(busy), timeout=0.5):
@@ -161,7 +160,7 @@ def serve(descriptor: int) -> None:
             sent = offset
 
     with contextlib.suppress(EOFError, ConnectionError):  # the parent has ended
-        encoder = Encoder(connection.recv())
+        encoder = Encoder(*connection.recv())
         threading.Thread(target=receive, daemon=True).start()
         while True:
             task, sent = tasks.get(), 0

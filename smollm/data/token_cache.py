@@ -26,6 +26,7 @@ from smollm.data.parallel import Task
 from smollm.data.progress import Log, Progress
 from smollm.data.shards import FileTokens
 from smollm.data.sources import Reader, refusal, text_size
+from smollm.data.tokenizer import Encoder, TokenizerFiles
 from smollm.errors import InputError
 
 # Every start verifies the hashes of the tokens up to so many bytes and files; of more, it takes the
@@ -35,14 +36,14 @@ VERIFIED, VERIFIED_FILES = 256_000_000, 1000
 
 def prepare(
     config: Config,
-    tokenizer_json: str | None = None,
+    given: TokenizerFiles | None = None,
     log: Log = print,
     workers: int | None = None,
 ) -> Corpus:
     """Tokenize what `data.input_files` names, or find it tokenized already.
 
     Args:
-        tokenizer_json: a checkpoint's tokenizer, which then wins over tokenizer.source.
+        given: the tokenizer of a checkpoint or model, which then wins over tokenizer.source.
         log: takes a line for people.
         workers: see `parallel.tokenize`.
 
@@ -54,7 +55,7 @@ def prepare(
     sources = files.find([*data.input_files, *validation], log)
     try:
         with _locked(cache, log):
-            found = _prepare(config, sources, tokenizer_json, log, workers)
+            found = _prepare(config, sources, given, log, workers)
     except OSError as error:
         raise InputError(
             f"data.cache_dir {cache}: {error.strerror or error} ({error.filename or cache}); make "
@@ -80,16 +81,17 @@ def _locked(cache: Path, log: Log) -> Iterator[None]:
 
 
 def _prepare(
-    config: Config, sources: list[Source], tokenizer_json: str | None, log: Log,
+    config: Config, sources: list[Source], given: TokenizerFiles | None, log: Log,
     workers: int | None,
 ) -> Corpus:  # fmt: skip
     """The corpus from the cache, where what is missing or damaged is made first."""
     hashed = _hash(sources, Hashes(Path(config.data.cache_dir), log), log)
-    chosen = _choose_tokenizer(config, sources, hashed, tokenizer_json, log)
-    _check_vocabulary(chosen, config, log)
-    found = _tokens_of_files(config, hashed, chosen, log, workers)
+    chosen, end = _choose_tokenizer(config, sources, hashed, given, log)
+    _check_vocabulary(chosen, config, given, log)
+    encoder = Encoder(chosen.to_str(), end)
+    found = _tokens_of_files(config, hashed, encoder, log, workers)
     _check_rows(found, config.data.max_bad_rows, log)
-    return corpus.build(config, sources, hashed, found, chosen)
+    return corpus.build(config, sources, hashed, found, chosen, encoder)
 
 
 def _hash(sources: list[Source], hashes: Hashes, log: Log) -> dict[Path, HashedFile]:
@@ -117,16 +119,18 @@ def _reader(config: Config, path: Path, hashed: dict[Path, HashedFile]) -> Reade
 
 def _choose_tokenizer(
     config: Config, sources: list[Source], hashed: dict[Path, HashedFile],
-    tokenizer_json: str | None, log: Log,
-) -> Tokenizer:  # fmt: skip
-    """The tokenizer that the configuration or a checkpoint asks for."""
-    if tokenizer_json is not None:
-        return tokenizer.parse(tokenizer_json, "the checkpoint's tokenizer.json", log)
-    if config.tokenizer.source == "gpt2":
-        return tokenizer.fetch_gpt2(Path(config.data.cache_dir))
-    if config.tokenizer.source == "train":
-        return _learned_tokenizer(config, sources, hashed, log)
-    return tokenizer.read(config.tokenizer.source, log)
+    given: TokenizerFiles | None, log: Log,
+) -> tuple[Tokenizer, int]:  # fmt: skip
+    """The tokenizer that was given or that the configuration asks for; its end-of-text token."""
+    if given is None and config.tokenizer.source in ("gpt2", "train"):
+        if config.tokenizer.source == "gpt2":
+            chosen = tokenizer.fetch_gpt2(Path(config.data.cache_dir))
+        else:
+            chosen = _learned_tokenizer(config, sources, hashed, log)
+        return chosen, tokenizer.end_token(chosen)
+    found = given or tokenizer.read(config.tokenizer.source, Path(config.data.cache_dir))
+    chosen = tokenizer.parse(found.content, found.where, log)
+    return chosen, tokenizer.end_token(chosen, found.eos_token, found.where)
 
 
 def _learned_tokenizer(
@@ -153,11 +157,18 @@ def _learned_tokenizer(
     return tokenizer.parse(atomic.read_text(path), str(path))
 
 
-def _check_vocabulary(chosen: Tokenizer, config: Config, log: Log) -> None:
+def _check_vocabulary(
+    chosen: Tokenizer, config: Config, given: TokenizerFiles | None, log: Log
+) -> None:
     """The tokenizer must fit the embedding; a smaller one is worth a line."""
     entries, rows, needed = chosen.get_vocab_size(), config.model.vocab_size, tokenizer.size(chosen)
     if needed > rows:
         gaps = "" if needed == entries else f", the highest id is {needed - 1:,}"
+        if given:
+            raise InputError(
+                f"{given.where}: has {entries:,} entries{gaps}, more than the {rows:,} rows of the "
+                "model's embedding: it is not this model's tokenizer"
+            )
         raise InputError(
             f"tokenizer.source {config.tokenizer.source}: has {entries:,} entries{gaps}, more than "
             f"model.vocab_size {rows:,}; set model.vocab_size={needed}"
@@ -170,18 +181,18 @@ def _check_vocabulary(chosen: Tokenizer, config: Config, log: Log) -> None:
 
 
 def _tokens_of_files(
-    config: Config, hashed: dict[Path, HashedFile], chosen: Tokenizer, log: Log,
+    config: Config, hashed: dict[Path, HashedFile], encoder: Encoder, log: Log,
     workers: int | None,
 ) -> dict[Path, FileTokens]:  # fmt: skip
     """The tokens of each file from the cache, where what is missing is tokenized first."""
-    cache, tokenizer_json = Path(config.data.cache_dir), chosen.to_str()
-    made_with = (shards.FORMAT, config.data.text_key, key(tokenizer_json))
+    cache = Path(config.data.cache_dir)
+    made_with = (shards.FORMAT, config.data.text_key, key(encoder.content), *encoder.unusual_end)
     directories = {
         path: cache / f"tokens-{key(file.sha256, files.ending(path), *made_with)}"
         for path, file in hashed.items()
     }
     known = {directory: shards.read(directory) for directory in directories.values()}
-    width = 2 if tokenizer.size(chosen) <= 2**16 else 4
+    width = encoder.dtype.itemsize
     size = width * sum(
         shard.tokens for found in known.values() if isinstance(found, FileTokens)
         for shard in found.shards
@@ -198,7 +209,7 @@ def _tokens_of_files(
             tasks[directory] = Task(_reader(config, path, hashed), directory)
     if tasks:
         _check_space(tasks, cache, width)
-        known.update(parallel.tokenize(list(tasks.values()), tokenizer_json, workers, log))
+        known.update(parallel.tokenize(list(tasks.values()), encoder, workers, log))
     return {path: known[directory] for path, directory in directories.items()}
 
 

@@ -1,20 +1,21 @@
-"""Tokenizers: GPT-2's, one learned from the text, or any tokenizer.json."""
+"""Tokenizers: GPT-2's, one learned from the text, or any tokenizer.json, also of the Hub."""
 
 import contextlib
 import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from smollm import atomic
+from smollm import atomic, hub
 from smollm.data.documents import SEPARATOR
 from smollm.data.progress import Log
 from smollm.errors import NO_THREADS, InputError, ResourceError, UserError, is_threads_exhausted
 
-FILE = "tokenizer.json"
+FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
 GPT2 = "tokenizer-gpt2"  # in the cache
 PAD = "<|pad|>"
 LONGEST_DOCUMENT = 8 * 1024 * 1024  # characters of a document that cannot be cut: tokenized whole
@@ -47,15 +48,49 @@ def _short_words(texts: Iterable[str]) -> Iterator[str]:
             yield text
 
 
+class TokenizerFiles(NamedTuple):
+    """What a directory says of its tokenizer."""
+
+    content: str  # of tokenizer.json
+    eos_token: str | None  # of tokenizer_config.json
+    where: str  # for errors
+
+
+def read_files(directory: Path, where: str | None = None) -> TokenizerFiles:
+    """The tokenizer of a model's directory.
+
+    Args:
+        where: its name, for errors; the path of the file.
+
+    Raises:
+        InputError: there is none, or it cannot be read.
+    """
+    path = directory / FILE
+    if not path.is_file():
+        convert = (
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...) of transformers writes one"
+        )
+        raise InputError(f"{directory}: has no {FILE}; {convert}")
+    try:
+        content, config = atomic.read_text(path), {}
+        if (directory / CONFIG).is_file():
+            config = atomic.read_json(directory / CONFIG)
+        eos = config.get("eos_token")
+        eos = eos.get("content") if isinstance(eos, dict) else eos
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise InputError(f"{directory}: its {FILE} or {CONFIG} cannot be read: {error}") from error
+    return TokenizerFiles(content, eos if isinstance(eos, str) else None, where or str(path))
+
+
 def parse(text: str, where: str, log: Log = lambda line: None) -> Tokenizer:
-    """A tokenizer from a tokenizer.json's text, with `<|pad|>` added and nothing truncated.
+    """A tokenizer from a tokenizer.json's text, with nothing truncated.
 
     Args:
         where: its name, for errors.
         log: takes a line where the tokenizer asks for BPE dropout.
 
     Raises:
-        InputError: it is not a tokenizer, or has no end-of-text token.
+        InputError: it is not a tokenizer.
     """
     try:
         tokenizer = Tokenizer.from_str(text)
@@ -66,15 +101,6 @@ def parse(text: str, where: str, log: Log = lambda line: None) -> Tokenizer:
         log("the tokenizer's BPE dropout is switched off: a text has the same tokens each time")
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    if tokenizer.token_to_id(PAD) is None:
-        tokenizer.add_special_tokens([PAD])
-        ids = list(tokenizer.get_vocab().values())
-        if ids.count(tokenizer.token_to_id(PAD)) > 1:
-            raise InputError(
-                f"{where}: its ids have gaps, and {PAD} would share one with another entry; add "
-                f"{PAD} to it with an id of its own"
-            )
-    end_token(tokenizer, where)
     return tokenizer
 
 
@@ -91,14 +117,22 @@ class Encoder:
 
     Args:
         content: of a tokenizer that `parse` gave, as its `to_str` gives it.
+        end: the id of its end-of-text token.
     """
 
-    def __init__(self, content: str) -> None:
+    def __init__(self, content: str, end: int) -> None:
+        self.content = content
         self.tokenizer = Tokenizer.from_str(content)
         self.tokenizer.encode_special_tokens = True
         self.dtype = np.dtype(np.uint16 if size(self.tokenizer) <= 2**16 else np.uint32)
-        self.end = end_token(self.tokenizer)
+        self.end = end
         self.longest = longest_piece(self.tokenizer)
+
+    @property
+    def unusual_end(self) -> tuple[int, ...]:
+        """The end-of-text token where it is none of END_TOKENS: tokens depend on it as well."""
+        known = (self.tokenizer.token_to_id(token) for token in END_TOKENS)
+        return () if self.end in known else (self.end,)
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """The tokens of each text, on all cores."""
@@ -143,16 +177,35 @@ def errors_named(where: str) -> Iterator[None]:
         raise
 
 
-def end_token(tokenizer: Tokenizer, where: str = "the tokenizer") -> int:
-    """The id of the end-of-text token; InputError where there is none."""
-    for token in END_TOKENS:
-        if (number := tokenizer.token_to_id(token)) is not None:
+def end_token(
+    tokenizer: Tokenizer, eos_token: str | None = None, where: str = "the tokenizer"
+) -> int:
+    """The id of the end-of-text token.
+
+    Args:
+        eos_token: which it is where the tokenizer knows none of END_TOKENS.
+        where: its name, for errors.
+
+    Raises:
+        InputError: there is none.
+    """
+    for token in (*END_TOKENS, eos_token):
+        if token is not None and (number := tokenizer.token_to_id(token)) is not None:
             return number
-    raise InputError(f"{where}: has no end-of-text token (one of {', '.join(END_TOKENS)}); add one")
+    raise InputError(
+        f"{where}: has no end-of-text token (one of {', '.join(END_TOKENS)}, or what {CONFIG} "
+        "names as its eos_token); add one"
+    )
+
+
+def pad_token(tokenizer: Tokenizer, end: int) -> int:
+    """The id of the padding token: `<|pad|>`, or end-of-text where a tokenizer has none."""
+    pad = tokenizer.token_to_id(PAD)
+    return end if pad is None else pad
 
 
 def fetch_gpt2(cache: Path) -> Tokenizer:
-    """GPT-2's tokenizer: from the cache, sealed by its hash, or fetched once by the library.
+    """GPT-2's tokenizer, with `<|pad|>` added: from the cache, sealed by its hash, or fetched once.
 
     Raises:
         InputError: it is not cached and cannot be fetched.
@@ -169,26 +222,54 @@ def fetch_gpt2(cache: Path) -> Tokenizer:
                 f"({type(error).__name__})"
             ) from error
         publish(text, directory)
-    return parse(atomic.read_text(directory / FILE), str(directory / FILE))
+    tokenizer = parse(atomic.read_text(directory / FILE), str(directory / FILE))
+    tokenizer.add_special_tokens([PAD])
+    return tokenizer
 
 
-def publish(text: str, directory: Path) -> None:
-    """Put a tokenizer.json into the cache, as a directory with a manifest."""
+def publish(text: str, directory: Path, config: str | None = None) -> None:
+    """Put a tokenizer.json, and perhaps its configuration, into the cache, with a manifest."""
     temporary = atomic.temporary_directory(directory)
     (temporary / FILE).write_text(text, encoding="utf-8")
+    if config is not None:
+        (temporary / CONFIG).write_text(config, encoding="utf-8")
     atomic.publish(temporary, directory, "cache")
 
 
-def read(source: str, log: Log) -> Tokenizer:
-    """The tokenizer.json at a path; `log` as for `parse`.
+def read(source: str, cache: Path) -> TokenizerFiles:
+    """The tokenizer of `tokenizer.source`: the path of a tokenizer.json, or the Hub's.
+
+    Args:
+        cache: keeps what was fetched from the Hub.
 
     Raises:
-        InputError: it cannot be read, or is no tokenizer.
+        InputError: it cannot be read or fetched.
     """
+    if hub.is_id(source):
+        return _fetched(source, cache)
+    path = Path(source)
     try:
-        return parse(atomic.read_text(Path(source)), source, log)
+        content = atomic.read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "is not UTF-8"
         raise InputError(
-            f"tokenizer.source {source}: {reason}; give gpt2, train or the path of a tokenizer.json"
+            f"tokenizer.source {source}: {reason}; give gpt2, train, the path of a tokenizer.json "
+            "or the id of a repository of the Hub (owner/name)"
         ) from error
+    config = path.with_name(CONFIG)
+    eos = read_files(path.parent).eos_token if path.name == FILE and config.is_file() else None
+    return TokenizerFiles(content, eos, source)
+
+
+def _fetched(repository: str, cache: Path) -> TokenizerFiles:
+    """The tokenizer of a repository of the Hub: from the cache, sealed, or fetched once."""
+    directory = cache / f"hub-{repository.replace('/', '--')}"
+    if atomic.problem(directory, (FILE,)):
+        try:
+            fetched = hub.fetch(repository, (FILE, CONFIG))
+        except InputError as error:
+            raise InputError(f"tokenizer.source {error}") from error
+        found = read_files(fetched, f"tokenizer.source {repository}")
+        config = json.dumps({"eos_token": found.eos_token})
+        publish(found.content, directory, config)
+    return read_files(directory, f"tokenizer.source {repository}")

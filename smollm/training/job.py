@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from smollm import ranks
+from smollm.checkpoint.pretrained import Pretrained
 from smollm.config import Config
 from smollm.signals import StopSignals
 
@@ -19,6 +20,7 @@ class Job:
     last: int  # the step to go to
     resume_from: Path | None  # a whole checkpoint
     stop: StopSignals
+    init_from: Pretrained | None = None  # whose weights a fresh run starts with
     dry_run: bool = False  # check and describe everything; write nothing but the token cache
 
     @property

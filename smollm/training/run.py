@@ -29,7 +29,7 @@ from smollm.config import Config, to_dict
 from smollm.data.batches import TokenDataset, validation_batches
 from smollm.data.corpus import Corpus
 from smollm.data.shards import Tokens
-from smollm.data.tokenizer import PAD, end_token
+from smollm.data.tokenizer import pad_token
 from smollm.errors import DivergedError
 from smollm.hardware import Hardware
 from smollm.randomness import derive_seed
@@ -46,7 +46,7 @@ SIGNAL_STEPS = 8  # how often several processes find out together whether one re
 
 @dataclass
 class Progress:
-    """The counters that a checkpoint carries in trainer_state.json."""
+    """What a checkpoint carries of a run in trainer_state.json: counters, losses, its origin."""
 
     step: int = 0
     tokens: int = 0
@@ -55,6 +55,7 @@ class Progress:
     val_loss: float | None = None  # of this very step, else None
     best_val_loss: float | None = None
     best_step: int | None = None
+    init_from: str | None = None  # whose weights the run began with, as --init_from named it
 
 
 class Stopwatch:
@@ -268,7 +269,9 @@ class Run:
             model.load_state_dict(weights)
             step, settings = self.progress.step, self.config.generation
             seed = derive_seed(self.config.training.seed, step, "sample")
-            for sample in generation.generate(model, self.corpus.tokenizer, settings, seed):
+            for sample in generation.generate(
+                model, self.corpus.tokenizer, self.corpus.end, settings, seed
+            ):
                 self.tracker.event("sample", step, **dataclasses.asdict(sample))
 
     def draw(self) -> None:
@@ -347,17 +350,15 @@ class Run:
     def _documents(self) -> dict[str, Any]:
         """The files that make a checkpoint a Hugging Face model directory, and its model card."""
         tokenizer, progress = self.corpus.tokenizer, self.progress
-        end = end_token(tokenizer)
-        pad = tokenizer.token_to_id(PAD)
+        end = self.corpus.end
+        pad = pad_token(tokenizer, end)
         config = huggingface.config_json(self.config.model, end, pad)
         count = count_parameters(self.config.model)
         card = huggingface.model_card(
             progress.step, count.total, progress.tokens, progress.best_val_loss,
             progress.best_step,
         )  # fmt: skip
-        documents = huggingface.model_documents(
-            config, self.config.generation, tokenizer.to_str(), tokenizer.id_to_token(end)
-        )
+        documents = huggingface.model_documents(config, self.config.generation, tokenizer)
         return {**documents, store.MODEL_CARD: card}
 
     @property

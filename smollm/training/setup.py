@@ -11,10 +11,10 @@ import torch
 
 from model import CausalLM, count_parameters, initialize
 from smollm import atomic, distributed, generation, hardware, randomness, ranks
-from smollm.checkpoint import resume, state, store
+from smollm.checkpoint import pretrained, resume, state, store
 from smollm.checkpoint.writer import Writer
 from smollm.config import Config, to_dict
-from smollm.data import token_cache
+from smollm.data import token_cache, tokenizer
 from smollm.data.batches import Position, TokenDataset
 from smollm.data.corpus import Corpus
 from smollm.errors import (
@@ -112,9 +112,11 @@ def set_up(
     micro_batch = micro_batch_size(config, ranks.world_size())
     distributed.start(machine.device)
     saved = store.read(job.resume_from) if job.resume_from else None
+    weights = pretrained.read_weights(job.init_from) if job.init_from else None
     corpus = corpus or _open_corpus(job, saved, log)
-    _require_agreement(config, corpus)
-    parallel = _build_model(config, machine, saved)
+    _require_agreement(job, corpus)
+    parallel = _build_model(config, machine, saved, weights)
+    del weights
     optimizer = build_optimizer(parallel.model, config.training)
     if saved:
         state.load_optimizer(parallel.model, optimizer, saved)
@@ -154,11 +156,13 @@ def set_up(
     return run
 
 
-def _require_agreement(config: Config, corpus: Corpus) -> None:
-    """Raise where the processes of a run differ in code, configuration or text."""
-    flat = {f"{s}.{k}": v for s, keys in to_dict(config).items() for k, v in keys.items()}
+def _require_agreement(job: Job, corpus: Corpus) -> None:
+    """Raise where the processes of a run differ in code, configuration, weights or text."""
+    flat = {f"{s}.{k}": v for s, keys in to_dict(job.config).items() for k, v in keys.items()}
     for path in ("data.input_files", "data.validation_file"):  # each machine may have its own
         del flat[path]
+    if job.init_from:
+        flat["the weights"] = [path.stat().st_size for path in job.init_from.files]
     distributed.require_agreement({"the code": code_version(), **flat}, ConfigError)
     distributed.require_agreement(corpus.fingerprint, InputError)
 
@@ -194,22 +198,34 @@ def code_version() -> str:
 
 def _open_corpus(job: Job, saved: store.Checkpoint | None, log: Callable[[str], None]) -> Corpus:
     """The tokenized text, made by rank 0 and opened by all; checked against the checkpoint's."""
-    tokenizer_json = saved.documents[store.TOKENIZER] if saved else None
+    given = None
+    if job.resume_from:
+        given = tokenizer.read_files(job.resume_from, "the checkpoint's tokenizer.json")
+    elif job.init_from:
+        given = job.init_from.tokenizer()
     with distributed.main_first():
-        corpus = token_cache.prepare(job.config, tokenizer_json, log)
+        corpus = token_cache.prepare(job.config, given, log)
     if saved:
         for line in resume.check_compatible(job.config, corpus.fingerprint, saved):
             log(line)
     # A prompt that leaves no room would end the run at the first sample.
     settings, limit = job.config.generation, job.config.model.max_position_embeddings
-    generation.encode_prompts(corpus.tokenizer, settings.prompts, settings, limit)
+    generation.encode_prompts(corpus.tokenizer, corpus.end, settings.prompts, settings, limit)
     return corpus
 
 
 def _build_model(
-    config: Config, machine: Hardware, saved: store.Checkpoint | None
+    config: Config,
+    machine: Hardware,
+    saved: store.Checkpoint | None,
+    weights: dict[str, torch.Tensor] | None,
 ) -> distributed.ParallelModel:
-    """The model with fresh or saved weights, compiled, on the device and on all processes."""
+    """The model, compiled, on the device and on all processes.
+
+    Args:
+        saved: the checkpoint that the run goes on from.
+        weights: to start with; fresh ones are drawn where there is neither.
+    """
     model = CausalLM(config.model, machine.dtype, machine.attention.name)
     model.model.gradient_checkpointing = config.training.gradient_checkpointing
     if saved:
@@ -217,8 +233,11 @@ def _build_model(
     else:
         seed = config.training.seed
         randomness.seed_global(randomness.derive_seed(seed, 0, "global"))
-        weights_seed = randomness.derive_seed(seed, 0, "weights")
-        initialize(model, torch.Generator().manual_seed(weights_seed))
+        if weights is not None:
+            model.load_state_dict(weights)
+        else:
+            weights_seed = randomness.derive_seed(seed, 0, "weights")
+            initialize(model, torch.Generator().manual_seed(weights_seed))
     model = model.to(machine.device).train()
     sharded = ranks.world_size() > 1 and config.training.parallel == "fsdp"
     hardware.compile_model(model, machine, fullgraph=not sharded)  # FSDP's hooks break the graph
@@ -230,13 +249,18 @@ def _progress_of(
 ) -> tuple[Progress, str, str | None]:
     """The counters to start from, the W&B run id, and the checkpoint that another run began with.
 
-    A run that starts from another directory's checkpoint is a run of its own; one whose directory
-    was moved is not.
+    A run that starts from another directory's checkpoint or weights is a run of its own; one whose
+    directory was moved is not.
     """
     if saved is None:
         # A run that ended before its first checkpoint left its id in save_dir.
         run_id = wandb_run.read_id(job.save_dir) or wandb_run.new_id()
-        return Progress(), distributed.from_main(run_id), None
+        progress, parent = Progress(), None
+        if job.init_from:
+            progress.init_from = parent = job.init_from.source
+            if state := job.init_from.trainer_state():
+                parent = f"{state.get('wandb_run_id')}, {parent}"
+        return progress, distributed.from_main(run_id), parent
     found = saved.trainer_state
     names = [f.name for f in dataclasses.fields(Progress) if f.name in found]
     progress = Progress(**{name: found[name] for name in names})
@@ -257,6 +281,8 @@ def describe(run: Run) -> list[str]:
     start = f"fresh, seed {config.training.seed}"
     if job.resume_from:
         start = f"resumed from {job.resume_from}"
+    elif job.init_from:
+        start = f"a fresh optimizer, seed {config.training.seed}"
     count = count_parameters(config.model)
     first, epochs = run.progress.step + 1, dataset.epoch(job.last)
     size = state.checkpoint_bytes(run.model, run.train_step.optimizer)
@@ -266,6 +292,7 @@ def describe(run: Run) -> list[str]:
         ("precision", _precision(run)),
         ("attention", run.hardware.attention.reason),
         *([("compile", f"no: {why}")] if (why := run.hardware.compile_reason) else []),
+        *_weights(run),
         ("parameters", f"{count.total:,} ({count.matrices:,} in matrices)"),
         *([("memory", expected_memory(run))] if run.hardware.device.type == "cuda" else []),
         *run.corpus.rows(),
@@ -287,6 +314,19 @@ def describe(run: Run) -> list[str]:
             "steps for a model that generalises"
         )
     return lines
+
+
+def _weights(run: Run) -> Iterator[tuple[str, str]]:
+    """Rows that say where the weights came from, if the run did not draw them."""
+    found = run.job.init_from
+    if found is None and run.progress.init_from:
+        yield ("weights", f"the run began with those of {run.progress.init_from}")
+    if found is not None:
+        files = "1 file" if len(found.files) == 1 else f"{len(found.files)} files"
+        yield ("weights", f"{found.source} ({found.model.architecture}, {files})")
+        if found.dropouts:
+            used = f"model.dropout {run.config.model.dropout} is used here"
+            yield ("", f"its config.json has {found.dropouts}; {used}")
 
 
 def _evaluated(run: Run) -> Iterator[tuple[str, str]]:
