@@ -59,7 +59,8 @@ def _samples(
 
     device = hardware.choose_device("auto")
     dtype = hardware.choose_dtype("auto", device)
-    model, tokenizer, end = generation.load(found, device, dtype)
+    tokenizer, end = pretrained.load_tokenizer(found)
+    model = pretrained.load(found, device, dtype)
     limit = model.config.max_position_embeddings
     if settings.max_length > limit:
         if is_length_given:

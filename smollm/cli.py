@@ -103,6 +103,11 @@ def add_inputs(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--config", type=path, default=Path("config.yaml"), help="YAML file (config.yaml)"
     )
+    add_input_file(parser)
+
+
+def add_input_file(parser: ArgumentParser) -> None:
+    """Add the flag that names texts."""
     parser.add_argument(
         "--input_file", type=source, action="append", metavar="FILE",
         help="a text, JSON lines, Parquet or CSV file, a folder or a quoted glob of such; may be "

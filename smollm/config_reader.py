@@ -103,6 +103,28 @@ def parse_generation(values: dict[str, str]) -> GenerationConfig:
     return GenerationConfig(**reader.values["generation"])
 
 
+def with_overrides(config: Config, overrides: list[str], fixed: FixedModel) -> Config:
+    """A configuration with some keys set by `section.key=value` words.
+
+    Args:
+        fixed: what the words must not contradict.
+
+    Raises:
+        ConfigError: with every problem.
+    """
+    reader = _Reader()
+    reader.read_overrides(overrides)
+    reader.fix_model(fixed)
+    parts = {
+        name: dataclasses.replace(getattr(config, name), **values)
+        for name, values in reader.values.items()
+    }
+    config = Config(**parts)
+    if problems := reader.problems or list(conflicts(config)):
+        raise ConfigError(*problems)
+    return config
+
+
 def from_saved(values: dict[str, Any], where: str) -> Config:
     """The configuration that a checkpoint holds, with every value checked like the file's.
 

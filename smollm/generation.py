@@ -14,10 +14,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import CausalLM, KVCache
-from smollm.checkpoint import pretrained
-from smollm.checkpoint.pretrained import Pretrained
 from smollm.config import GenerationConfig
-from smollm.data.tokenizer import end_token, errors_named, parse
+from smollm.data.tokenizer import errors_named
 from smollm.errors import ConfigError
 from smollm.randomness import derive_seed
 from smollm.tracking.metrics import perplexity
@@ -195,22 +193,3 @@ def _continuation(tokenizer: Tokenizer, prompt: list[int], new: list[int]) -> st
     if both.startswith(before):
         return both[len(before) :]
     return tokenizer.decode(new, skip_special_tokens=True)
-
-
-def load(
-    found: Pretrained, device: torch.device, dtype: torch.dtype
-) -> tuple[CausalLM, Tokenizer, int]:
-    """A model, its tokenizer and the end-of-text token.
-
-    Returns:
-        The model, its parameters in the compute dtype, in evaluation mode; the tokenizer; an id.
-
-    Raises:
-        CheckpointError, InputError: its weights or its tokenizer cannot be used.
-    """
-    files = found.tokenizer()
-    tokenizer = parse(files.content, files.where)
-    end = end_token(tokenizer, files.eos_token, files.where)
-    model = CausalLM(found.model, dtype)
-    model.load_state_dict(pretrained.read_weights(found))
-    return model.to(device, dtype).eval(), tokenizer, end

@@ -32,11 +32,10 @@ BODY = "".join(f"Line {i} of a text, with words in it; {i * i} is a square.\n" f
 
 def prepare(
     config: Config, *paths: Path | str, log: Callable = lambda line: None, seconds: float = 30,
-    tokenizer_json: str | None = None,
+    given: TokenizerFiles | None = None,
 ) -> Corpus:  # fmt: skip
     """token_cache.prepare of these sources, which must end within `seconds`."""
     data = dataclasses.replace(config.data, input_files=tuple(map(str, paths)))
-    given = TokenizerFiles(tokenizer_json, None, "tokenizer.json") if tokenizer_json else None
     with limit(seconds):
         return token_cache.prepare(dataclasses.replace(config, data=data), given, log)
 

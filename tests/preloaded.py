@@ -17,7 +17,8 @@ import smollm.training.setup  # noqa: F401
 from smollm.tracking import plots
 
 with tempfile.TemporaryDirectory() as directory:
-    step = {"step": 1, "loss": 2.0, "val_loss": 2.0, "learning_rate": 1e-3, "norms": {"norm": 1.0}}
+    step = {"step": 1, "loss": 2.0, "learning_rate": 1e-3, "norms": {"norm": 1.0}}
+    step |= {"val_loss": 2.0, "val_bits_per_byte": 1.0}
     text = {"text": "", "generated_tokens": 1, "perplexity": 1.0}
     kinds = ("train", "eval", "gradients", "sample")
     plots.draw([{"event": kind, **step, **text} for kind in kinds], Path(directory))

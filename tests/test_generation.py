@@ -161,7 +161,8 @@ def test_perplexity_is_that_of_the_model(run: Path) -> None:
 
     directory = run / "run/checkpoints/latest"
     found = pretrained.find(str(directory))
-    model, tokenizer, end = generation.load(found, torch.device("cpu"), torch.float32)
+    tokenizer, end = pretrained.load_tokenizer(found)
+    model = pretrained.load(found, torch.device("cpu"), torch.float32)
     settings = GenerationConfig(max_length=30, prompts=("The sea was",), num_samples=1)
     sample = generation.generate(model, tokenizer, end, settings, seed=1)[0]
     prompt = tokenizer.encode("The sea was").ids

@@ -19,12 +19,15 @@ from smollm.config_reader import model_config
 from smollm.errors import CheckpointError, first_line
 
 if TYPE_CHECKING:  # a command must find its model before torch is imported
+    import torch
+    from tokenizers import Tokenizer
     from torch import Tensor
 
+    from model import CausalLM
     from smollm.data.tokenizer import TokenizerFiles
 
 INDEX = "model.safetensors.index.json"  # which of several files holds which tensor
-FETCHED = ("*.safetensors", "*.json", "tokenizer*")  # of a repository of the Hub
+FETCHED = ("*.safetensors", "*.json")  # of a repository of the Hub
 PICKLES = ("*.bin", "*.pt", "*.pth")
 # Tensors that are no weights: older versions of transformers saved the rotary frequencies.
 _NO_WEIGHTS = re.compile(r".*\.rotary_emb\.inv_freq")
@@ -126,6 +129,28 @@ def _files(directory: Path) -> tuple[Path, ...]:
             "or fetch it again"
         )
     return tuple(directory / name for name in sorted(names))
+
+
+def load(found: Pretrained, device: torch.device, dtype: torch.dtype) -> CausalLM:
+    """The model with its weights in the compute dtype, in evaluation mode; see `read_weights`."""
+    from model import CausalLM
+
+    model = CausalLM(found.model, dtype)
+    model.load_state_dict(read_weights(found))
+    return model.to(device, dtype).eval()
+
+
+def load_tokenizer(found: Pretrained) -> tuple[Tokenizer, int]:
+    """The tokenizer and the id of its end-of-text token.
+
+    Raises:
+        InputError: there is none, or it cannot be used.
+    """
+    from smollm.data import tokenizer
+
+    files = found.tokenizer()
+    parsed = tokenizer.parse(files.content, files.where)
+    return parsed, tokenizer.end_token(parsed, files.eos_token, files.where)
 
 
 def read_weights(found: Pretrained) -> dict[str, Tensor]:

@@ -152,9 +152,9 @@ def is_of(save_dir: Path, directory: Path) -> bool:
     return directory.resolve().parent == save_dir.resolve()
 
 
-def changed_input(fingerprint: dict[str, Any], saved: store.Checkpoint) -> list[str]:
+def changed_input(fingerprint: dict[str, Any], trainer_state: dict[str, Any]) -> list[str]:
     """What differs between two inputs: of the text, the tokenizer and the split."""
-    before = saved.trainer_state.get("data", {})
+    before = trainer_state.get("data", {})
     later = {"tokens"}  # that earlier checkpoints do not have
     keys = [key for key in fingerprint if key in before or key not in later]
     return [key for key in keys if before.get(key) != fingerprint[key]]
@@ -171,7 +171,7 @@ def check_compatible(
     Raises:
         CheckpointError: they differ from the checkpoint's.
     """
-    changed = changed_input(fingerprint, saved)
+    changed = changed_input(fingerprint, saved.trainer_state)
     if changed and not config.data.allow_changed_input:
         raise CheckpointError(
             f"the checkpoint of step {saved.step} was trained on another input "

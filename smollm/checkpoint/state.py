@@ -178,7 +178,7 @@ def data_position(config: Config, corpus: Corpus, saved: Checkpoint) -> Position
     others: the run continues at the same fraction of the epoch.
     """
     step, state = saved.step, saved.trainer_state
-    if resume.changed_input(corpus.fingerprint, saved):
+    if resume.changed_input(corpus.fingerprint, saved.trainer_state):
         return Position(step)
     old = saved.config
     before, now = (

@@ -45,8 +45,7 @@ class Corpus:
     def held_out(self, most: int) -> dict[int, Tokens]:
         """The held-out tokens by the number of their part; at most so many, shared out by size."""
         parts = {n: part.validation for n, part in enumerate(self.parts) if len(part.validation)}
-        share = min(1.0, most / sum(len(tokens) for tokens in parts.values()))
-        return {n: tokens.part(0, max(2, int(len(tokens) * share))) for n, tokens in parts.items()}
+        return at_most(most, parts)
 
     def conservation(self) -> str:
         """The line that shows that no token was dropped."""
@@ -64,6 +63,12 @@ class Corpus:
             text = f"{part.name}: {train:,} train + {validation:,} validation tokens"
             rows.append((f"  {number}", text))
         return rows
+
+
+def at_most(most: int, parts: dict[int, Tokens]) -> dict[int, Tokens]:
+    """The beginnings of parts, at most so many tokens together, shared out by their sizes."""
+    share = min(1.0, most / sum(len(tokens) for tokens in parts.values()))
+    return {n: tokens.part(0, max(2, int(len(tokens) * share))) for n, tokens in parts.items()}
 
 
 @dataclass(frozen=True)
@@ -127,9 +132,9 @@ def _text_fingerprint(sources: list[Source], hashed: dict[Path, HashedFile]) -> 
 
 
 def check_length(corpus: Corpus, config: Config) -> None:
-    """The training part must hold a window, each held-out part a prediction."""
+    """The training part, if there is one, must hold a window, each held-out part a prediction."""
     least, given = config.data.sequence_length + 1, ", ".join(config.data.input_files)
-    if len(corpus.train) < least:
+    if given and len(corpus.train) < least:
         raise InputError(
             f"{given}: has {len(corpus.train):,} training tokens, fewer than one window of "
             f"data.sequence_length + 1 = {least:,}; use a longer text or a shorter window"

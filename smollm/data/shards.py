@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from smollm import atomic, fault_injection
 from smollm.data.documents import Piece
@@ -239,6 +240,37 @@ def problem(directory: Path, found: FileTokens, trust: bool) -> str | None:
         with contextlib.suppress(OSError):  # a cache that cannot be written: hashed at each start
             _write_file(directory, found)
     return None
+
+
+def text_bytes(tokens: "Tokens", tokenizer: Tokenizer) -> int:
+    """UTF-8 bytes of the text that tokens stand for, separators left out, by the shards' index.
+
+    Args:
+        tokenizer: made them. Where they begin or end within a piece, what is before is decoded.
+    """
+    size = 0
+    for path, first, last in tokens.parts:
+        pieces = np.load(path.with_name(PIECES)).astype([(name, np.int64) for name in PIECE.names])
+        stops = np.cumsum(pieces["tokens"])
+        starts, stops = stops - pieces["tokens"], stops - pieces["ends"]  # without end-of-text
+        size += int(pieces["bytes"][(starts >= first) & (stops <= last)].sum())
+        inside = (starts < last) & (stops > first) & ((starts < first) | (stops > last))
+        for start, stop, of_piece in zip(
+            *(column[inside].tolist() for column in (starts, stops, pieces["bytes"])), strict=True
+        ):
+            ids = np.load(path, mmap_mode="r")
+            before, until = (
+                of_piece if place >= stop else _bytes_of(ids[start : max(start, place)], tokenizer)
+                for place in (first, last)
+            )
+            size += until - before
+    return size
+
+
+def _bytes_of(ids: np.ndarray, tokenizer: Tokenizer) -> int:
+    """UTF-8 bytes of the text of tokens; of a character that is cut at their end, none."""
+    text = tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+    return len(text.rstrip("\ufffd").encode())
 
 
 class Tokens:

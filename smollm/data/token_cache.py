@@ -42,6 +42,8 @@ def prepare(
 ) -> Corpus:
     """Tokenize what `data.input_files` names, or find it tokenized already.
 
+    Where that is empty, data.validation_file is all that there is: a text to evaluate on.
+
     Args:
         given: the tokenizer of a checkpoint or model, which then wins over tokenizer.source.
         log: takes a line for people.

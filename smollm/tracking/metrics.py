@@ -19,6 +19,16 @@ def perplexity(loss: float) -> float:
     return math.exp(min(loss, 700))
 
 
+def bits_per_byte(nats: float, size: int) -> float | None:
+    """A loss in bits for each UTF-8 byte of the text, comparable between tokenizers.
+
+    Args:
+        nats: of all tokens together.
+        size: bytes of the text, separators left out; there is no result for 0.
+    """
+    return nats / (math.log(2) * size) if size else None
+
+
 class Metrics:
     """Appends to metrics.jsonl, less the lines after the resumed step; another run's is renamed.
 

@@ -53,8 +53,19 @@ def _loss(train: list[Event], evaluations: list[Event]) -> Figure:
         points = [(e["step"], e[key]) for e in evaluations if key in e]
         label = f"validation, source {key.partition('/')[2]}"
         axes.plot(*zip(*points, strict=True), ".--", label=label, linewidth=1, markersize=4)
+    if ratio := _bits_per_nat(evaluations):
+        figure.subplots_adjust(right=0.9)
+        right = axes.secondary_yaxis("right", functions=(lambda y: y * ratio, lambda y: y / ratio))
+        right.set_ylabel("validation: bits per byte")
     axes.legend()
     return figure
+
+
+def _bits_per_nat(evaluations: list[Event]) -> float | None:
+    """What the validation loss is multiplied with for bits per byte: one number for a text."""
+    last = evaluations[-1] if evaluations else {}
+    bits = last.get("val_bits_per_byte")
+    return bits / last["val_loss"] if bits and last["val_loss"] else None
 
 
 def _learning_rate(train: list[Event]) -> Figure:

@@ -82,7 +82,7 @@ def start_logging(log_dir: Path | None, phase: int) -> logging.Logger:
 
 def code_files() -> list[Path]:
     """The files of the project that a run's result depends on, in a fixed order."""
-    patterns = ("*.py", "smollm/**/*.py", "*.yaml", "*.sh", "requirements*.txt")
+    patterns = ("*.py", "smollm/**/*.py", "*.yaml", "configs/*.yaml", "*.sh", "requirements*.txt")
     return [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
 
 
@@ -117,9 +117,11 @@ def _line(e: dict[str, Any], last: int) -> str | None:
     if e["event"] == "eval":
         names = [name for name in e if name.startswith("val_loss/")]
         each = ", ".join(f"{name.partition('/')[2]}: {e[name]:.4f}" for name in names)
+        known = e["val_bits_per_byte"] is not None
+        bits = f"  val_bits_per_byte {e['val_bits_per_byte']:.4f}" if known else ""
         return (
             f"{at}  val_loss {e['val_loss']:.4f}{f' ({each})' if each else ''}  "
-            f"val_perplexity {e['val_perplexity']:.1f}  "
+            f"val_perplexity {e['val_perplexity']:.1f}{bits}  "
             f"({human(e['val_tokens'])} tokens, {e['seconds']:.1f} s)"
         )
     if e["event"] == "sample":

@@ -7,7 +7,9 @@ import numpy as np
 import torch
 
 from model import IGNORE_INDEX, CausalLM
-from smollm import distributed, hardware
+from smollm import distributed, hardware, ranks
+from smollm.data.batches import validation_batches
+from smollm.data.shards import Tokens
 
 # By the name of a tensor: counts of 64 bins, and their 65 edges.
 Histograms = dict[str, tuple[list[int], list[float]]]
@@ -24,6 +26,38 @@ class Evaluation:
     def loss(self) -> float:
         """The mean over the predicted tokens, in nats."""
         return self.total / self.tokens
+
+
+def evaluate_parts(
+    model: CausalLM,
+    parts: dict[int, Tokens],
+    sequence_length: int,
+    batch_size: int,
+    device: torch.device,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> dict[int, Evaluation] | None:
+    """What each part of the held-out text says of a model; see `evaluate`.
+
+    Args:
+        parts: tokens by the number of the source.
+        batch_size: windows of one forward pass of a process.
+    """
+    found = {}
+    for number, tokens in parts.items():
+        batches = validation_batches(
+            tokens, sequence_length, batch_size, IGNORE_INDEX, ranks.rank(), ranks.world_size()
+        )
+        result = evaluate(model, batches, device, interrupted)
+        if result is None:
+            return None
+        found[number] = result
+    return found
+
+
+def together(found: Iterable[Evaluation]) -> Evaluation:
+    """Several parts as one."""
+    found = list(found)
+    return Evaluation(sum(each.total for each in found), sum(each.tokens for each in found))
 
 
 @torch.no_grad()

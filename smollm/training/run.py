@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from model import (
-    IGNORE_INDEX,
     CausalLM,
     count_parameters,
     flops_per_token,
@@ -26,16 +25,16 @@ from smollm import atomic, distributed, fault_injection, generation, hardware, r
 from smollm.checkpoint import huggingface, state, store
 from smollm.checkpoint.writer import Writer
 from smollm.config import Config, to_dict
-from smollm.data.batches import TokenDataset, validation_batches
+from smollm.data.batches import TokenDataset
 from smollm.data.corpus import Corpus
-from smollm.data.shards import Tokens
+from smollm.data.shards import Tokens, text_bytes
 from smollm.data.tokenizer import pad_token
 from smollm.errors import DivergedError
 from smollm.hardware import Hardware
 from smollm.randomness import derive_seed
-from smollm.tracking.metrics import perplexity
+from smollm.tracking.metrics import bits_per_byte, perplexity
 from smollm.tracking.tracker import Tracker, duration, human
-from smollm.training.evaluation import Evaluation, evaluate, histograms
+from smollm.training.evaluation import evaluate_parts, histograms, together
 from smollm.training.job import Job
 from smollm.training.optimizer import learning_rate
 from smollm.training.step import StepResult, TrainStep, layer_norms
@@ -121,6 +120,12 @@ class Run:
     def held_out(self) -> dict[int, Tokens]:
         """The tokens to evaluate, by the number of the source: at most data.validation_tokens."""
         return self.corpus.held_out(self.config.data.validation_tokens)
+
+    @functools.cached_property
+    def held_out_bytes(self) -> int:
+        """UTF-8 bytes of the text to evaluate."""
+        parts = self.held_out.values()
+        return sum(text_bytes(tokens, self.corpus.tokenizer) for tokens in parts)
 
     # --- taking steps ---
 
@@ -230,27 +235,24 @@ class Run:
         """The loss on the held-out text; returns False where a signal interrupted it."""
         fault_injection.point("evaluate")
         started = time.monotonic()
-        found: dict[int, Evaluation] = {}
         with self.stopwatch.pause():
-            for number, tokens in self.held_out.items():
-                batches = validation_batches(
-                    tokens, self.config.data.sequence_length, self.train_step.micro_batch,
-                    IGNORE_INDEX, ranks.rank(), ranks.world_size(),
-                )  # fmt: skip
-                result = evaluate(self.model, batches, self.hardware.device, self.interrupted)
-                if result is None:
-                    return False
-                found[number] = result
-            total = sum(each.total for each in found.values())
-            count = sum(each.tokens for each in found.values())
-            loss, progress = total / count, self.progress
+            found = evaluate_parts(
+                self.model, self.held_out, self.config.data.sequence_length,
+                self.train_step.micro_batch, self.hardware.device, self.interrupted,
+            )  # fmt: skip
+            if found is None:
+                return False
+            whole = together(found.values())
+            loss, progress = whole.loss, self.progress
             progress.val_loss = loss
             if progress.best_val_loss is None or loss < progress.best_val_loss:
                 progress.best_val_loss, progress.best_step = loss, progress.step
             each = {f"val_loss/{number}": result.loss for number, result in found.items()}
             self.tracker.event(
                 "eval", progress.step, val_loss=loss, **(each if len(each) > 1 else {}),
-                val_perplexity=perplexity(loss), val_tokens=count,
+                val_perplexity=perplexity(loss),
+                val_bits_per_byte=bits_per_byte(whole.total, self.held_out_bytes),
+                val_tokens=whole.tokens,
                 seconds=time.monotonic() - started,
             )  # fmt: skip
             if progress.step > 0 and (values := histograms(self.model, self.tracker.watched)):

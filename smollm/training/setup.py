@@ -264,7 +264,7 @@ def _progress_of(
     found = saved.trainer_state
     names = [f.name for f in dataclasses.fields(Progress) if f.name in found]
     progress = Progress(**{name: found[name] for name in names})
-    if resume.changed_input(corpus.fingerprint, saved):
+    if resume.changed_input(corpus.fingerprint, saved.trainer_state):
         progress.val_loss = progress.best_val_loss = progress.best_step = None
     run_id, parent = found.get("wandb_run_id"), found.get("parent")
     if not resume.is_of(job.save_dir, job.resume_from):

@@ -18,11 +18,11 @@ from pathlib import Path
 import forked
 import numpy as np
 import pytest
-from data_helpers import BODY, held_out, prepare, start_prepare, tokens_of
+from data_helpers import BODY, held_out, prepare, start_prepare, tokens_of, write
 from helpers import ROOT, call, command, environment, train, write_tiny
 
 from smollm import atomic
-from smollm.data import learning, shards, token_cache
+from smollm.data import documents, learning, shards, token_cache
 from smollm.data.documents import SEPARATOR
 from smollm.data.shards import Tokens
 from smollm.errors import InputError, ResourceError
@@ -448,3 +448,34 @@ def sorted_shards(corpus) -> list[Path]:
     """The token files of a corpus of one source, each once, in order."""
     paths = [part[0] for part in (*corpus.train.parts, *corpus.parts[0].validation.parts)]
     return list(dict.fromkeys(paths))
+
+
+def test_the_bytes_of_any_stretch_of_tokens(tmp_path, settings, monkeypatch):
+    """By the index, and by decoding where a stretch begins or ends within a piece: as many bytes as
+    the tokens stand for, separators left out, over shards and documents of every size."""
+    monkeypatch.setattr(shards, "SHARD", 400)
+    monkeypatch.setattr(documents, "PIECE", 150)
+    drawn = random.Random(5)
+    words = ["caf\u00e9", "line", "\U0001f600", "of", "a", "text,", "with", "words\n"]
+    texts = [" ".join(drawn.choices(words, k=drawn.randrange(1, 90))) for _ in range(12)]
+    path = write(tmp_path, f"\n{SEPARATOR}\n".join(texts))
+    corpus = prepare(settings(), path)
+    made = Tokens(part for each in corpus.parts for part in [*each.train.parts,
+                                                             *each.validation.parts])  # fmt: skip
+    ids, end = made[:].tolist(), corpus.end
+    assert shards.text_bytes(made, corpus.tokenizer) == corpus.text_bytes
+
+    def plain(first: int, last: int) -> int:
+        """Bytes of whole characters: a byte-level token has a character for each of its bytes."""
+        kept = [corpus.tokenizer.id_to_token(number) for number in ids[first:last] if number != end]
+        return sum(len(token) for token in kept)
+
+    for _ in range(200):
+        first, last = sorted(drawn.sample(range(len(ids) + 1), 2))
+        found = shards.text_bytes(made.part(first, last), corpus.tokenizer)
+        # A character that is cut counts where it ends: up to 3 bytes on either side.
+        assert abs(found - plain(first, last)) <= 3, (first, last)
+    cuts = [n for n in range(1, len(ids)) if "\u0120" in corpus.tokenizer.id_to_token(ids[n])]
+    for first, last in zip(cuts, cuts[7:], strict=False):
+        found = shards.text_bytes(made.part(first, last), corpus.tokenizer)
+        assert found == plain(first, last), (first, last)

@@ -33,7 +33,7 @@ from smollm import generation
 from smollm.data import documents
 from smollm.data import tokenizer as tokenizer_module
 from smollm.data.documents import SEPARATOR
-from smollm.data.tokenizer import PAD, errors_named, learn, parse, publish
+from smollm.data.tokenizer import PAD, TokenizerFiles, errors_named, learn, parse, publish
 from smollm.errors import InputError, ResourceError
 
 
@@ -67,10 +67,11 @@ def test_what_a_tokenizer_file_asks_for_drops_and_adds_no_tokens(tmp_path, setti
 
 
 def test_a_checkpoints_tokenizer_wins(tmp_path, settings, small_tokenizer):
-    """prepare(tokenizer_json=...) uses that one, whatever tokenizer.source says."""
+    """prepare(given=...) uses that one, whatever tokenizer.source says."""
     path = write(tmp_path, BODY)
     text = small_tokenizer.read_text("utf-8")
-    corpus = prepare(settings("/nowhere.json"), path, tokenizer_json=text)
+    given = TokenizerFiles(text, None, "the checkpoint's tokenizer.json")
+    corpus = prepare(settings("/nowhere.json"), path, given=given)
     assert tokens_of(corpus) == tokens_of(prepare(settings(), path))
 
 

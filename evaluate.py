@@ -1,0 +1,186 @@
+"""How good a model is: loss, perplexity and bits per byte on a text.
+
+    python evaluate.py --checkpoint checkpoints/latest
+    python evaluate.py --checkpoint checkpoints/best --input_file other.txt --json
+    python evaluate.py --checkpoint HuggingFaceTB/SmolLM2-135M --input_file books data.text_key=body
+
+The model is a checkpoint, a directory in Hugging Face's form (Llama or Starcoder2), or owner/name
+of the Hub. Without --input_file the text is the held-out one that the checkpoint was evaluated on.
+Bits per byte compare models with different tokenizers. torch is imported only after everything that
+can be checked without it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if __name__ == "__main__":  # PYTHONSAFEPATH leaves the script's folder out
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from smollm import cli
+from smollm.checkpoint import pretrained, resume
+from smollm.checkpoint.pretrained import Pretrained
+from smollm.config import Config
+from smollm.config_reader import from_saved, with_overrides
+from smollm.errors import CheckpointError, ConfigError, InputError, printable
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from smollm.data.shards import Tokens
+
+MOST_TOKENS = 16_384  # of one forward pass
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a text says of a model."""
+
+    name: str
+    loss: float  # mean over the predicted tokens, in nats
+    perplexity: float
+    tokens: int  # that were predicted
+    bytes: int  # of the text in UTF-8, separators left out
+    bits_per_byte: float | None  # None for a text of no bytes
+
+
+def configuration(found: Pretrained, overrides: list[str]) -> Config:
+    """The checkpoint's own configuration, or the defaults; with some keys set by words."""
+    longest = found.model.max_position_embeddings
+    if state := found.trainer_state():
+        config = from_saved(state["config"], str(found.directory))
+    else:
+        config = Config(model=found.model)
+        length = min(longest, config.data.sequence_length)
+        config = replace(config, data=replace(config.data, sequence_length=length))
+    most = min(longest, config.generation.max_length)
+    config = replace(config, generation=replace(config.generation, max_length=most))
+    return with_overrides(config, overrides, replace(found.fixed(), where=found.source))
+
+
+def held_out(
+    found: Pretrained, config: Config, sources: list[str]
+) -> tuple[list[str], dict[int, Tokens], Tokenizer]:
+    """The names of the texts to evaluate on, their tokens, and the tokenizer that made them.
+
+    Raises:
+        UserError: a text cannot be used, or is not the one that the checkpoint was evaluated on.
+    """
+    from smollm.data import corpus, token_cache  # what it needs may be missing: `execute` says so
+
+    if not sources:
+        made = _own_corpus(found, config)
+        parts = made.held_out(config.data.validation_tokens)
+        return [f"held out of {part.name}" for part in made.parts], parts, made.tokenizer
+    parts = {}
+    for number, source in enumerate(sources):
+        data = replace(config.data, input_files=(), validation_file=source)
+        made = token_cache.prepare(replace(config, data=data), found.tokenizer(), cli.warn)
+        parts[number] = made.parts[0].validation
+    return sources, corpus.at_most(config.data.validation_tokens, parts), made.tokenizer
+
+
+def _own_corpus(found: Pretrained, config: Config) -> Any:
+    """The text that a checkpoint was trained and evaluated on."""
+    from smollm.data import token_cache
+
+    state = found.trainer_state()
+    if state is None:
+        raise ConfigError(
+            f"{found.source} does not say what text it was evaluated on; give --input_file"
+        )
+    try:
+        made = token_cache.prepare(config, found.tokenizer(), cli.warn)
+    except InputError as error:
+        raise InputError(
+            f"the text that {found.source} was evaluated on cannot be used ({error}); type the "
+            "command where the run was started, or give --input_file"
+        ) from error
+    if changed := resume.changed_input(made.fingerprint, state):
+        raise CheckpointError(
+            f"{', '.join(config.data.input_files)}: is not what {found.source} was evaluated on "
+            f"({', '.join(changed)} differ); give --input_file to evaluate on this one"
+        )
+    return made
+
+
+def evaluate(found: Pretrained, config: Config, sources: list[str]) -> tuple[Result, list[Result]]:
+    """What all texts together, and each of them, say of a model."""
+    names, parts, tokenizer = held_out(found, config, sources)
+    from smollm import hardware  # imports torch
+    from smollm.data.shards import text_bytes
+    from smollm.tracking.metrics import bits_per_byte, perplexity
+    from smollm.training.evaluation import Evaluation, evaluate_parts, together
+
+    device = hardware.choose_device(config.training.device)
+    dtype = hardware.choose_dtype(config.training.precision, device)
+    model, length = pretrained.load(found, device, dtype), config.data.sequence_length
+    batch_size = min(config.training.batch_size, max(1, MOST_TOKENS // length))
+    results = evaluate_parts(model, parts, length, batch_size, device)
+    sizes = {number: text_bytes(tokens, tokenizer) for number, tokens in parts.items()}
+
+    def result(name: str, found: Evaluation, size: int) -> Result:
+        bits = bits_per_byte(found.total, size)
+        return Result(name, found.loss, perplexity(found.loss), found.tokens, size, bits)
+
+    each = [result(names[number], results[number], sizes[number]) for number in parts]
+    name = ", ".join(result.name for result in each)
+    return result(name, together(results.values()), sum(sizes.values())), each
+
+
+def describe(found: Pretrained, whole: Result, each: list[Result]) -> list[str]:
+    """The result for people."""
+    rows = [
+        ("model", f"{found.source} ({found.model.architecture})"),
+        ("text", whole.name),
+        ("tokens", f"{whole.tokens:,} predicted, {whole.bytes:,} bytes of text"),
+        ("loss", f"{whole.loss:.4f} nats per token"),
+        ("perplexity", f"{whole.perplexity:.1f}"),
+        ("bits per byte", _bits(whole)),
+    ]
+    rows += [
+        (f"  {number}", f"{part.name}: loss {part.loss:.4f}, bits per byte {_bits(part)}")
+        for number, part in enumerate(each if len(each) > 1 else [])
+    ]
+    return [printable(f"{name:<14} {value}") for name, value in rows]
+
+
+def _bits(result: Result) -> str:
+    return "-" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Evaluate a model; returns the exit code.
+
+    Args:
+        argv: the words of the command line after the script's name; None: the process's own.
+    """
+    parser = cli.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--checkpoint", type=cli.source, required=True, metavar="DIR_OR_HUB_ID", help="the model"
+    )
+    cli.add_input_file(parser)
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    arguments = cli.parse(parser, argv)
+    if arguments.unknown:
+        raise ConfigError(*(f"command line: unknown flag {word}" for word in arguments.unknown))
+    found = pretrained.find(arguments.checkpoint)
+    config = configuration(found, arguments.overrides)
+    whole, each = evaluate(found, config, arguments.input_file or [])
+    if arguments.json:
+        parts = [dataclasses.asdict(part) for part in each]
+        print(json.dumps({"checkpoint": found.source, **dataclasses.asdict(whole), "each": parts}))
+    else:
+        for line in describe(found, whole, each):
+            cli.say(line)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.execute(main)
