@@ -58,24 +58,10 @@ def peak_bytes(
     """
     parameters = count_parameters(model).total
     vocabulary = head_rows(model.vocab_size, torch.device("cuda"))
-    width, inner = itemsize * model.hidden_size, itemsize * model.intermediate_size
-    # Bytes for each token. What a layer keeps for its backward pass: the inputs of both norms, of
-    # q, k and v, of the output projection, twice of the MLP; q, k, v before and after RoPE.
-    whole = 10 * width + 2 * inner
-    kept = {
-        "none": whole,
-        "selective": (6 if compiled else 7) * width + inner,  # the matrix products' results
-        "full": width,
-    }[checkpointing]
-    if checkpointing != "full":
-        kept += 4 * model.num_attention_heads  # the softmax's logarithms, fp32
+    width = itemsize * model.hidden_size
+    kept, layer = _layer_bytes(model, checkpointing, compiled, itemsize)
     # Beside what all layers keep: one layer's backward pass, or the loss's. Compiled, there are
     # logits once, in the compute dtype, else three times in fp32.
-    layer = {
-        "none": 2 * width + inner,
-        "selective": 2 * width + 2 * inner,
-        "full": whole + (2 * inner - width if compiled else inner),
-    }[checkpointing]
     hidden = 3 if compiled and checkpointing != "none" else 2
     head = hidden * width + (itemsize * vocabulary if compiled else 12 * model.vocab_size)
     # Weights in the compute dtype: all of them are kept for the backward pass, or the head's.
@@ -85,6 +71,38 @@ def peak_bytes(
     if itemsize < 4:
         fixed += itemsize * casts
     return fixed + tokens * (model.num_hidden_layers * kept + max(head, layer))
+
+
+def _layer_bytes(
+    model: ModelConfig, checkpointing: str, compiled: bool, itemsize: int
+) -> tuple[int, int]:
+    """Bytes for each token: what a layer keeps for its backward pass, and what that pass takes.
+
+    The first is counted tensor by tensor, the second fitted to what was counted.
+    """
+    w, i = itemsize * model.hidden_size, itemsize * model.intermediate_size
+    n = w * model.num_key_value_heads // model.num_attention_heads  # width of k, and of v
+    llama = model.architecture == "llama"
+    # Of the MLP: before GELU, and after it; or gate and up, their product, and the gate after SiLU
+    # (which a compiled graph computes again).
+    products, activations = (2, 1 if compiled else 2) if llama else (1, 1)
+    # The inputs of both norms, of q, k and v, of the output projection and of the MLP; q, k, v
+    # before RoPE, q and k after it.
+    whole = 7 * w + 3 * n + (products + activations) * i
+    kept = {
+        "none": whole,
+        # the matrix products' results
+        "selective": (4 if compiled else 5) * w + 2 * n + products * i,
+        "full": w,
+    }[checkpointing]
+    if checkpointing != "full":
+        kept += 4 * model.num_attention_heads  # the softmax's logarithms, fp32
+    backward = {"none": 2 * w + i, "selective": 2 * w + 2 * i}
+    backward["full"] = whole + (2 * i - w if compiled else i)
+    if llama:
+        backward["selective"] = 3 * w + 4 * n + 4 * i if compiled else 5 * w + n + 6 * i
+        backward["full"] = whole + (2 * w + 3 * n + 3 * i if compiled else w + 4 * i)
+    return kept, backward[checkpointing]
 
 
 def usable_bytes(free: int) -> int:

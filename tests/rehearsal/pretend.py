@@ -261,6 +261,7 @@ def _compile_for(card: Card, recorder: Recorder) -> None:
     _answer_dynamo(card)
     _answer_triton(card)
     _allocate_on_the_host(recorder)
+    _fuse_rms_norm(recorder)
     _record_kernels(recorder)
     _execute_wrappers(recorder)
 
@@ -338,6 +339,21 @@ def _allocate_on_the_host(recorder: Recorder) -> None:
 
     library.impl("empty.memory_format", on_cpu(torch.empty), "CUDA")
     library.impl("empty_strided", on_cpu(torch.empty_strided), "CUDA")
+
+
+def _fuse_rms_norm(recorder: Recorder) -> None:
+    """RMSNorm as one kernel, which a PyTorch with CUDA has and one without takes apart."""
+    import torch
+
+    def forward(input: Any, shape: list[int], weight: Any, epsilon: float | None) -> Any:
+        rows = [*input.shape[: -len(shape)], *(1 for _ in shape)]
+        return torch.empty_like(input), input.new_empty(rows, dtype=torch.float32)
+
+    def backward(grad: Any, input: Any, shape: Any, rstd: Any, weight: Any, mask: Any) -> Any:
+        return torch.empty_like(input), torch.empty_like(weight)
+
+    for name, function in (("_fused_rms_norm", forward), ("_fused_rms_norm_backward", backward)):
+        recorder.library.impl(name, function, "CUDA")
 
 
 def _record_kernels(recorder: Recorder) -> None:

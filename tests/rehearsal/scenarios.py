@@ -73,6 +73,33 @@ def live_bytes() -> Any:
     return LiveBytes()
 
 
+def attention_shapes() -> Any:
+    """A mode that notes which attention kernels run, and on what shapes of q and k: `shapes`."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Attentions(TorchDispatchMode):
+        supports_higher_order_operators = True  # checkpointing's, which pass
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.shapes: set[str] = set()
+
+        @classmethod
+        def is_infra_mode(cls) -> bool:  # so that torch.compile does not mind it
+            return True
+
+        def __torch_dispatch__(
+            self, function: Any, types: Any, arguments: tuple = (), named: dict | None = None
+        ) -> Any:
+            if "attention" in str(function) and "backward" not in str(function):
+                shapes = [tuple(x.shape) for x in arguments[:2] if isinstance(x, torch.Tensor)]
+                self.shapes.add(f"{function} {shapes}")
+            return function(*arguments, **(named or {}))
+
+    return Attentions()
+
+
 def peaks(recorder: pretend.Recorder, mode: str, how: str, *words: str) -> dict[str, int]:
     """The peak of live CUDA bytes of a step of two micro-batches, by the micro-batch's sequences.
 
@@ -145,15 +172,19 @@ def train(recorder: pretend.Recorder, *words: str) -> dict[str, Any]:
         return draw(*arguments, **named)
 
     torch.randint = randint  # with which compiled graphs would seed generators of their own
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), attention_shapes() as attentions:
         code = command.main(list(words))
         with unset_fake_temporarily():
             drawn = len(drawn)
-    return {"code": code, "graphs": len(recorder.wrappers), "drawn": drawn}
+    seen = sorted(attentions.shapes)
+    return {"code": code, "graphs": len(recorder.wrappers), "drawn": drawn, "attention": seen}
 
 
-def generate(recorder: pretend.Recorder) -> dict[str, Any]:
+def generate(recorder: pretend.Recorder, family: str, heads: int) -> dict[str, Any]:
     """Three samples from a model of two layers, where a run prefers cuDNN.
+
+    Args:
+        heads: of keys and values, for 12 of queries.
 
     Returns:
         tokens of each, reads by the host, and the shapes that attention saw.
@@ -161,27 +192,14 @@ def generate(recorder: pretend.Recorder) -> dict[str, Any]:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils._python_dispatch import TorchDispatchMode
 
     from model import CausalLM
     from smollm import generation
     from smollm.config import Config, ModelConfig
 
-    class Attentions(TorchDispatchMode):
-        def __init__(self) -> None:
-            super().__init__()
-            self.shapes: set[str] = set()
-
-        def __torch_dispatch__(
-            self, function: Any, types: Any, arguments: tuple = (), named: dict | None = None
-        ) -> Any:
-            if "attention" in str(function):
-                shapes = [tuple(x.shape) for x in arguments[:2]]
-                self.shapes.add(f"{function} {shapes}")
-            return function(*arguments, **(named or {}))
-
-    config = replace(Config(), model=ModelConfig(num_hidden_layers=2))
-    with FakeTensorMode(), Attentions() as attentions:
+    model_config = ModelConfig(num_hidden_layers=2, architecture=family, num_key_value_heads=heads)
+    config = replace(Config(), model=model_config)
+    with FakeTensorMode(), attention_shapes() as attentions:
         with torch.device("cuda"):
             model = CausalLM(config.model, torch.bfloat16).to(torch.bfloat16).eval()
         recorder.reads = 0
@@ -192,12 +210,17 @@ def generate(recorder: pretend.Recorder) -> dict[str, Any]:
     return {"tokens": tokens, "reads": recorder.reads, "attention": sorted(attentions.shapes)}
 
 
+def generate_of_families(recorder: pretend.Recorder) -> dict[str, Any]:
+    """`generate` for a model of each family."""
+    return {name: generate(recorder, name, n) for name, n in (("starcoder2", 12), ("llama", 3))}
+
+
 def main() -> None:
     """Run the scenario that the command line names."""
     sys.path.insert(0, str(ROOT))
     library, scenario, card, *words = sys.argv[1:]
     recorder = pretend.start(Path(library), pretend.CARDS[card])
-    functions = {"peaks": peaks_of_cases, "train": train, "generate": generate}
+    functions = {"peaks": peaks_of_cases, "train": train, "generate": generate_of_families}
     with contextlib.redirect_stdout(sys.stderr):
         result = functions[scenario](recorder, *words)
     print(json.dumps(result))

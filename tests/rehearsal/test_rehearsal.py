@@ -31,6 +31,11 @@ SLIM = (
     "model.num_hidden_layers=2 model.hidden_size=640 model.num_attention_heads=10 "
     "model.intermediate_size=1920 model.vocab_size=16000"
 )
+LLAMA = (  # SmolLM2-135M's, with 2 of its 30 layers
+    "model.architecture=llama model.num_hidden_layers=2 model.hidden_size=576 "
+    "model.num_attention_heads=9 model.num_key_value_heads=3 model.intermediate_size=1536 "
+    "model.vocab_size=49152 model.tie_word_embeddings=true"
+)
 STATIC = "model.num_hidden_layers=1 training.batch_size=16"
 
 
@@ -77,6 +82,10 @@ CASES = {
                f"selective static {SLIM} training.batch_size=48",
                f"full static {SLIM} training.batch_size=12",
                f"none compiled {STATIC}", f"none static {STATIC}"],
+    "llama": [f"none static {LLAMA} training.batch_size=24",
+              f"selective static {LLAMA} training.batch_size=48",
+              f"full static {LLAMA} training.batch_size=12",
+              *(f"{mode} eager {LLAMA}" for mode in MODES)],
 }  # fmt: skip
 
 
@@ -150,19 +159,29 @@ LARGE = (  # 48 windows of 2,048 tokens, whose logits fill a card in eager mode
 
 
 @pytest.mark.parametrize(
-    ("card", "attention", "size", "micro_batch"),
+    ("card", "family", "attention", "size", "micro_batch"),
     [
-        ("A100", "flash (PyTorch's own)", 40, 24),
-        ("4090", "flash (PyTorch's own)", 24, 16),
-        ("T4", "memory-efficient (fp32)", 15, 8),
+        ("A100", "starcoder2", "flash (PyTorch's own)", 40, 24),
+        ("4090", "llama", "flash (PyTorch's own)", 24, 16),
+        ("T4", "llama", "memory-efficient (fp32)", 15, 8),
     ],
 )
 def test_an_eager_run_on_a_card(
-    library: Path, tmp_path: Path, card: str, attention: str, size: int, micro_batch: int
-) -> None:
-    """Kernels and first try go by the card; on a T4 no bf16, and nothing pinned: each is said."""
+    library: Path, tmp_path: Path, card: str, family: str, attention: str, size: int,
+    micro_batch: int,
+) -> None:  # fmt: skip
+    """Kernels and first try go by the card; on a T4 no bf16, and nothing pinned: each is said. A
+    Llama with one head of keys and values is computed by the same kernels."""
     fault = {"FAULT": "host.pin:error:1"} if card == "T4" else {}
-    _, output = train(library, tmp_path, card, *LARGE, **fault)
+    grouped = "model.num_key_value_heads=1" if family == "llama" else "model.dropout=0"
+    words = (f"model.architecture={family}", grouped, "model.tie_word_embeddings=true")
+    result, output = train(library, tmp_path, card, *LARGE, *words, **fault)
+    kernel = "efficient" if card == "T4" else "flash"
+    heads = 1 if card == "4090" else 2  # the memory-efficient kernel takes no grouped ones
+    seen = [shapes for shapes in result["attention"] if "2048, 32)" in shapes]
+    assert seen, result["attention"]
+    for shapes in seen:
+        assert f"_{kernel}_attention" in shapes and f", {heads}, 2048, 32)]" in shapes, shapes
     assert ("float32 compute, float32 weights (Tesla T4 has no bf16" in output) == (card == "T4")
     assert re.search(rf"^attention +sdpa, {re.escape(attention)}$", output, re.M)
     assert re.search(rf"^memory +about .* of {size}\.0 GiB$", output, re.M)
@@ -176,5 +195,8 @@ def test_generation_keeps_its_shapes(library: Path, tmp_path: Path) -> None:
     """On CUDA: two shapes of attention, for the prompts and for a token; the host waits once a
     token."""
     result, _ = rehearse(library, tmp_path, "generate", "H100")
-    assert len(result["attention"]) == 2 and result["reads"] == max(result["tokens"]) == 99
-    assert all("efficient_attention" in shapes for shapes in result["attention"])
+    for family, heads in (("starcoder2", 12), ("llama", 3)):
+        found = result[family]
+        assert len(found["attention"]) == 2 and found["reads"] == max(found["tokens"]) == 99
+        assert all("efficient_attention" in shapes for shapes in found["attention"])
+        assert all(f"(3, {heads}, 100, 64)]" in shapes for shapes in found["attention"])
