@@ -156,11 +156,14 @@ def matrix_products_seconds(run: Run) -> float:
     """
     model, device, dtype = run.config.model, run.hardware.device, run.hardware.dtype
     width, inner, layers = model.hidden_size, model.intermediate_size, model.num_hidden_layers
+    narrow = width * model.num_key_value_heads // model.num_attention_heads
+    into_mlp = 2 if model.architecture == "llama" else 1  # gate and up
     rows = run.train_step.micro_batch * run.config.data.sequence_length
     generator = torch.Generator(device).manual_seed(0)
     total = 0.0
     for out, size, count in (
-        (3 * width, width, layers), (width, width, layers), (inner, width, layers),
+        (width + 2 * narrow, width, layers), (width, width, layers),
+        (inner, width, into_mlp * layers),
         (width, inner, layers), (head_rows(model.vocab_size, device), width, 1),
     ):  # fmt: skip
         x, weight, gradient = (
@@ -363,8 +366,8 @@ def _trainer_steps(
     device = options.device
     torch.manual_seed(config.training.seed)
     architecture = huggingface.config_json(config.model, None, None)
-    model = transformers.Starcoder2ForCausalLM(
-        transformers.Starcoder2Config.from_dict(architecture)
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(**architecture)
     )
     shape = (options.max_steps * config.sequences_per_step, config.data.sequence_length)
     ids = torch.randint(config.model.vocab_size, shape, dtype=torch.int32)

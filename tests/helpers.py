@@ -66,6 +66,11 @@ TINY = {
 }
 
 
+LLAMA = (  # words that make the tiny model one of the other family, with one shared head
+    "model.architecture=llama", "model.num_key_value_heads=1", "model.rope_theta=100000",
+)  # fmt: skip
+
+
 def write_tiny(directory: Path, text_bytes: int = 30_000) -> None:
     """Put tiny.yaml and text.txt into a directory that tests run in."""
     directory.mkdir(parents=True, exist_ok=True)

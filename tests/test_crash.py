@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from helpers import (
+    LLAMA,
     call,
     command,
     digest,
@@ -36,12 +37,12 @@ from smollm.checkpoint import store
 RESUME = ("--resume", "auto")
 
 
-FORTY = ("--train_steps", "40")
+FORTY = ("--train_steps", "40", *LLAMA)
 
 
 @pytest.fixture(scope="module")
 def forty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with an undisturbed run of 40 steps."""
+    """A directory with an undisturbed run of 40 steps, of a Llama."""
     directory = tmp_path_factory.mktemp("forty")
     write_tiny(directory)
     result = train(directory, *FORTY)

@@ -15,6 +15,7 @@ from pathlib import Path
 import forked
 import pytest
 from helpers import (
+    LLAMA,
     ROOT,
     call,
     command,
@@ -67,23 +68,43 @@ def torchrun(directory: Path, processes: int, *words: str, **extra: str):
     )
 
 
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(directory: Path, *words: str) -> Path:
     """A directory with a run of 20 steps on one process."""
-    directory = tmp_path_factory.mktemp("reference")
     write_tiny(directory)
-    result = train(directory, "--train_steps", "20", *SETTINGS)
+    result = train(directory, "--train_steps", "20", *SETTINGS, *words)
     assert result.returncode == 0, result.stdout
     return directory
 
 
-@pytest.mark.parametrize(("kind", "processes"), [("ddp", 2), ("fsdp", 2), ("ddp", 4)])
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a run of 20 steps on one process."""
+    return undisturbed(tmp_path_factory.mktemp("reference"))
+
+
+@pytest.fixture(scope="module")
+def references(reference: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Such a run of each family."""
+    llama = undisturbed(tmp_path_factory.mktemp("llama"), *LLAMA)
+    return {"starcoder2": reference, "llama": llama}
+
+
+@pytest.mark.parametrize(
+    ("kind", "processes", "family"),
+    [
+        ("ddp", 2, "starcoder2"),
+        ("fsdp", 2, "starcoder2"),
+        ("ddp", 4, "llama"),
+        ("fsdp", 2, "llama"),
+    ],
+)
 def test_losses_are_those_of_one_process(
-    reference: Path, tmp_path: Path, kind: str, processes: int
+    references: dict[str, Path], tmp_path: Path, kind: str, processes: int, family: str
 ) -> None:
     """The same sequences make up each step: losses and norms within 1e-4 over 20 steps."""
+    reference, words = references[family], LLAMA if family == "llama" else ()
     write_tiny(tmp_path)
-    result = on_ranks(tmp_path, processes, f"training.parallel={kind}")
+    result = on_ranks(tmp_path, processes, f"training.parallel={kind}", *words)
     assert result.returncode == 0, result.stdout
     assert losses(tmp_path) == pytest.approx(losses(reference), abs=1e-4)
     for ours, theirs in zip(events(tmp_path, "eval"), events(reference, "eval"), strict=True):

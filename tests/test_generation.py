@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, call, reseal, small_model, train, write_tiny
+from helpers import ROOT, SHAPES, call, reseal, small_model, train, write_tiny
 from safetensors.torch import load_file, save_file
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from smollm import generation
 from smollm.checkpoint import pretrained
-from smollm.config import GenerationConfig
+from smollm.config import GenerationConfig, ModelConfig
 from smollm.randomness import derive_seed
 
 PROBABILITIES = torch.tensor([[0.1, 0.4, 0.2, 0.3]])
@@ -61,9 +61,10 @@ def test_the_distribution_is_that_of_transformers(
     torch.testing.assert_close(found, scores.softmax(-1)[0], atol=2e-4, rtol=0)
 
 
-def test_greedy_generation_equals_argmax_of_full_forwards() -> None:
+@pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES.keys())
+def test_greedy_generation_equals_argmax_of_full_forwards(config: ModelConfig) -> None:
     """The KV cache and the ragged batch change nothing: each row alone, without a cache."""
-    model = small_model().eval()
+    model = small_model(config=config).eval()
     prompts = [[5, 6, 7], [9], [20, 21, 22, 23, 24, 25]]
     settings = GenerationConfig(max_length=14, temperature=0)
     results = generation.generate_ids(model, prompts, settings, [1, 2, 3], end=0)

@@ -89,7 +89,15 @@ def test_another_runs_checkpoints_are_not_pruned(copy: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "word", ["model.num_attention_heads=4", "model.rope_theta=500", "model.layer_norm_epsilon=0.1"]
+    "word",
+    [
+        "model.num_attention_heads=4",
+        "model.rope_theta=500",
+        "model.layer_norm_epsilon=0.1",
+        "model.num_key_value_heads=1",
+        "model.tie_word_embeddings=false",
+        "model.architecture=llama",
+    ],
 )
 def test_another_function_of_the_same_shapes_is_refused(copy: Path, word: str) -> None:
     """Heads and rotary base do not show in the weights' shapes."""

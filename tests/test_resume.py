@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from helpers import (
+    LLAMA,
     ROOT,
     call,
     digest,
@@ -42,11 +43,27 @@ def _copy_of(reference: Path, tmp_path: Path, step: int) -> None:
     shutil.copytree(step_directory(reference, step), step_directory(tmp_path, step))
 
 
-@pytest.mark.parametrize("step", range(1, 12))
-def test_resume_at_every_step_is_bitwise(reference: Path, tmp_path: Path, step: int) -> None:
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of a Llama with dropout."""
+    directory = tmp_path_factory.mktemp("llama")
+    write_tiny(directory)
+    result = train(directory, "training.save_steps=1", KEEP_ALL, *LLAMA, "model.dropout=0.1")
+    assert result.returncode == 0, result.stdout
+    return directory
+
+
+@pytest.mark.parametrize("step", [*range(1, 12), "llama, 4", "llama, 9"])
+def test_resume_at_every_step_is_bitwise(
+    request: pytest.FixtureRequest, tmp_path: Path, step: int | str
+) -> None:
     """E1: weights, optimizer, RNG bytes, losses, rates and norms are those of the whole run."""
+    reference, words = request.getfixturevalue("reference"), []
+    if isinstance(step, str):
+        reference, step = request.getfixturevalue("llama"), int(step.split()[1])
+        words = [*LLAMA, "model.dropout=0.1"]
     _copy_of(reference, tmp_path, step)
-    result = train(tmp_path, "--resume", "auto", "training.save_steps=1", KEEP_ALL)
+    result = train(tmp_path, "--resume", "auto", "training.save_steps=1", KEEP_ALL, *words)
     assert result.returncode == 0, result.stdout
     assert f"steps {step} -> 12" in result.stdout
     assert digest(tmp_path) == digest(reference)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from data_helpers import held_out as held_out_of
 from data_helpers import prepare
-from helpers import ROOT, SHARED, call, events, step_directory, train, train_sh, write_tiny
+from helpers import LLAMA, ROOT, SHARED, call, events, step_directory, train, train_sh, write_tiny
 
 from smollm.checkpoint import store
 from smollm.config_reader import load
@@ -25,17 +25,20 @@ def run_train_sh(directory: Path, *words: str, **extra: str):
     return call(directory, train_sh(directory, *WORDS, *words), NO_INSTALL="1", **extra)
 
 
-@pytest.fixture(scope="module", params=["auto", "fp32"])
+PARAMETERS = {"starcoder2": 99_840, "llama": 139_584}
+
+
+@pytest.fixture(scope="module", params=["starcoder2", "llama"])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory in which ./train.sh has run both phases: bf16 where the CPU has it, and fp32."""
-    directory = tmp_path_factory.mktemp("run")
+    """A directory in which ./train.sh has run both phases: in bf16 where the CPU has it, and a
+    Llama in fp32."""
+    directory = tmp_path_factory.mktemp(request.param)
     write_tiny(directory)
-    result = run_train_sh(directory, f"training.precision={request.param}")
+    words = ("training.precision=fp32", *LLAMA) if request.param == "llama" else ()
+    result = run_train_sh(directory, *words)
     assert result.returncode == 0, result.stdout
     (directory / "output").write_text(result.stdout)
-    (directory / "precision").write_text(
-        "fp32" if request.param == "fp32" or "bfloat16" not in result.stdout else "bf16"
-    )
+    (directory / "family").write_text(request.param)
     return directory
 
 
@@ -58,7 +61,7 @@ def test_the_pipeline_leaves_what_it_promises(run: Path) -> None:
     saved = [event["step"] for event in events(run, "checkpoint")]
     assert saved == [2, 4, 6, 8, 10, 12, 14, 16]
     for kind, wanted in (
-        ("eval", {"val_loss", "val_perplexity", "val_tokens", "seconds"}),
+        ("eval", {"val_loss", "val_perplexity", "val_bits_per_byte", "val_tokens", "seconds"}),
         ("sample", {"prompt", "text", "generated_tokens", "perplexity", "seconds"}),
         ("checkpoint", {"path", "bytes", "stall_seconds"}),
     ):
@@ -72,14 +75,16 @@ def test_the_pipeline_leaves_what_it_promises(run: Path) -> None:
         assert store.problem(step_directory(run, step)) is None
     assert (run / "run/checkpoints/latest").resolve().name == "step_000016"
     output = (run / "output").read_text()
-    for word in ("99,840", "phase 1 is complete", "phase 2 complete", "tokens per step", "done:"):
+    parameters = f"{PARAMETERS[(run / 'family').read_text()]:,}"
+    for word in (parameters, "phase 1 is complete", "phase 2 complete", "tokens per step", "done:"):
         assert word in output
 
 
 def test_run_again_does_nothing(run: Path) -> None:
     """./train.sh after it finished: says so, exit 0, no byte changed."""
+    words = LLAMA if (run / "family").read_text() == "llama" else ()
     before = {path: path.stat().st_mtime_ns for path in (run / "run").rglob("*") if path.is_file()}
-    result = run_train_sh(run)
+    result = run_train_sh(run, *words)
     assert result.returncode == 0, result.stdout
     assert result.stdout.count("complete") >= 2
     after = {path: path.stat().st_mtime_ns for path in (run / "run").rglob("*") if path.is_file()}
@@ -87,13 +92,17 @@ def test_run_again_does_nothing(run: Path) -> None:
 
 
 def test_transformers_opens_the_checkpoint(run: Path) -> None:
-    """transformers computes the logged held-out loss: within 1e-4 in fp32, 0.01 in bf16."""
+    """As its own class; it computes the logged held-out loss: within 1e-4 in fp32, 0.01 in bf16."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     directory = step_directory(run, 16)
     model = AutoModelForCausalLM.from_pretrained(directory).eval()
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    assert sum(p.numel() for p in model.parameters()) == 99_840
+    family = (run / "family").read_text()
+    assert type(model).__name__ == {
+        "starcoder2": "Starcoder2ForCausalLM", "llama": "LlamaForCausalLM",
+    }[family]  # fmt: skip
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[family]
     config = load(run / "tiny.yaml", [f"data.cache_dir={run / 'cache'}"])
     held_out = held_out_of(prepare(config, run / "text.txt")).astype(np.int64)
     # The tokenizer makes the held-out tokens from their own text again.
@@ -108,7 +117,8 @@ def test_transformers_opens_the_checkpoint(run: Path) -> None:
             count += len(window) - 1
     logged = events(run, "eval")[-1]
     assert count == logged["val_tokens"] == len(held_out) - 1
-    tolerance = 1e-4 if (run / "precision").read_text() == "fp32" else 0.01
+    bf16 = "bfloat16 compute" in (run / "output").read_text()
+    tolerance = 0.01 if bf16 else 1e-4
     assert total / count == pytest.approx(logged["val_loss"], abs=tolerance)
     generated = model.generate(**tokenizer("Once upon", return_tensors="pt"), max_new_tokens=5)
     assert generated.shape[1] > 2
@@ -121,7 +131,10 @@ def test_model_card_and_state(run: Path) -> None:
     assert state["config"]["training"]["train_steps"] == 12
     assert set(state["versions"]) >= {"torch", "cuda", "python"}
     assert set(state["data"]) >= {"text_sha256", "tokenizer_sha256"}
-    assert "99,840" in (step_directory(run, 16) / "README.md").read_text()
+    assert (
+        f"{PARAMETERS[(run / 'family').read_text()]:,}"
+        in (step_directory(run, 16) / "README.md").read_text()
+    )
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the folder of test texts is not here")
