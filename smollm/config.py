@@ -62,7 +62,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """Where the tokenizer comes from: gpt2, train, or the path of a tokenizer.json."""
+    """Where the tokenizer comes from: gpt2, train, the path of a tokenizer.json, or the Hub."""
 
     source: str = _setting("gpt2", is_path=True)
 

@@ -35,9 +35,7 @@ from smollm import atomic
 from smollm.checkpoint import store
 
 RESUME = ("--resume", "auto")
-
-
-FORTY = ("--train_steps", "40", *LLAMA)
+FORTY = ("--train_steps", "40", *LLAMA)  # the other runs here are Starcoder2's
 
 
 @pytest.fixture(scope="module")

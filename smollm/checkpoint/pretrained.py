@@ -90,7 +90,7 @@ def find(source: str) -> Pretrained:
         values = huggingface.model_values(content)
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"{directory}: is neither a checkpoint (it has no {atomic.MANIFEST}) nor a model's "
+            f"{source}: is neither a checkpoint (it has no {atomic.MANIFEST}) nor a model's "
             f"directory (it has no {store.MODEL_CONFIG})"
         ) from error
     except (OSError, ValueError, RecursionError) as error:
