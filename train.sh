@@ -23,8 +23,8 @@ config="" save_dir=checkpoints log_dir=logs
 inputs=() init_from=() overrides=()
 # Paths are relative to where the command was typed; URLs are none, and Python expands ~.
 absolute() { case $1 in /* | "~"* | *://*) echo "$1" ;; *) echo "$start_directory/$1" ;; esac; }
-# Or owner/name of the Hub, where nothing of that name is there.
-is_id() { [[ $1 =~ ^[[:alnum:]_-][[:alnum:]._-]*/[[:alnum:]_-][[:alnum:]._-]*$ && ! -e $start_directory/$1 ]]; }
+# Or owner/name of the Hub, where there is no directory `owner`.
+is_id() { [[ $1 =~ ^[[:alnum:]_-][[:alnum:]._-]*/[[:alnum:]_-][[:alnum:]._-]*$ && ! -e $start_directory/${1%/*} ]]; }
 path_or_id() { if is_id "$1"; then echo "$1"; else absolute "$1"; fi; }
 while [ $# -gt 0 ]; do
     case $1 in

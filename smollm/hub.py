@@ -13,8 +13,11 @@ _ID = re.compile(r"[A-Za-z0-9_-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
 
 def is_id(word: str) -> bool:
-    """Whether a word may be the id of a repository: owner/name, and nothing that is here."""
-    return _ID.fullmatch(word) is not None and not Path(word).exists()
+    """Whether a word may be the id of a repository: owner/name, where no `owner` is here.
+
+    Else it is a path, and a misspelt one is not looked for in the network.
+    """
+    return _ID.fullmatch(word) is not None and not Path(word).parent.exists()
 
 
 def fetch(repository: str, patterns: Sequence[str]) -> Path:

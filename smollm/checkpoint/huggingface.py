@@ -156,16 +156,22 @@ def model_documents(
     }
 
 
-def model_card(
-    step: int, parameters: int, tokens: int, best_val_loss: float | None, best_step: int | None
-) -> str:
-    """README.md of a checkpoint: what it is and how transformers opens it."""
-    loss = f"{best_val_loss:.4f}" if best_val_loss is not None else "not measured"
+def model_card(state: dict[str, Any], parameters: int) -> str:
+    """README.md of a checkpoint: what it is and how transformers opens it.
+
+    Args:
+        state: its trainer_state.json.
+    """
+    loss = "not measured" if (best := state["best_val_loss"]) is None else f"{best:.4f}"
+    origin = ""
+    if state["init_from"]:
+        origin = f" It began with the weights of {state['init_from']}."
     return (
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
-        f"# SmolLM2-135, step {step:,}\n\n"
-        f"A decoder-only language model with {parameters:,} parameters, trained on {tokens:,} "
-        f"tokens. Lowest validation loss so far: {loss} (step {best_step}).\n\n"
+        f"# SmolLM2-135, step {state['step']:,}\n\n"
+        f"A decoder-only language model with {parameters:,} parameters, trained on "
+        f"{state['tokens']:,} tokens.{origin} Lowest validation loss so far: {loss} (step "
+        f"{state['best_step']}).\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("path/of/this/directory")\n'
         'tokenizer = AutoTokenizer.from_pretrained("path/of/this/directory")\n```\n'

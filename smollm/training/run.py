@@ -356,10 +356,7 @@ class Run:
         pad = pad_token(tokenizer, end)
         config = huggingface.config_json(self.config.model, end, pad)
         count = count_parameters(self.config.model)
-        card = huggingface.model_card(
-            progress.step, count.total, progress.tokens, progress.best_val_loss,
-            progress.best_step,
-        )  # fmt: skip
+        card = huggingface.model_card(dataclasses.asdict(progress), count.total)
         documents = huggingface.model_documents(config, self.config.generation, tokenizer)
         return {**documents, store.MODEL_CARD: card}
 

@@ -76,6 +76,7 @@ def test_a_run_starts_with_the_weights_of_another_tool(started: Path) -> None:
     assert names == AutoConfig.from_pretrained(foreign).architectures
     state = json.loads((newest / "trainer_state.json").read_text())
     assert state["init_from"] == state["parent"] == "foreign"
+    assert "It began with the weights of foreign." in (newest / "README.md").read_text("utf-8")
 
 
 def test_its_tokenizer_is_used_as_it_is(started: Path) -> None:
