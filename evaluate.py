@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 if __name__ == "__main__":  # PYTHONSAFEPATH leaves the script's folder out
     sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from smollm import cli
+from smollm import cli, ranks
 from smollm.checkpoint import pretrained, resume
 from smollm.checkpoint.pretrained import Pretrained
 from smollm.config import Config
@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 
     from smollm.data.shards import Tokens
 
-MOST_TOKENS = 8192  # of one forward pass: a machine may have less memory than the one that trained
+MOST_LOGITS = 2**28  # of one forward pass: a machine may have less memory than the one that trained
+LARGEST = 2**40  # of data.validation_tokens
+OVERRIDES = ("data.", "training.device", "training.precision")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +51,18 @@ class Result:
     bits_per_byte: float | None  # None for a text of no bytes
 
 
-def configuration(found: Pretrained, overrides: list[str]) -> Config:
-    """The checkpoint's own configuration, or the defaults; with some keys set by words."""
+def configuration(found: Pretrained, overrides: list[str], sources: list[str]) -> Config:
+    """The checkpoint's own configuration, or the defaults; with some keys set by words.
+
+    Of texts that are named, all is evaluated unless data.validation_tokens says otherwise.
+    """
+    if other := [word for word in overrides if not word.startswith(OVERRIDES)]:
+        raise ConfigError(
+            *(
+                f"command line: {word}: only {', '.join(OVERRIDES)} can be set here"
+                for word in other
+            )
+        )
     longest = found.model.max_position_embeddings
     if state := found.trainer_state():
         config = from_saved(state["config"], str(found.directory))
@@ -58,31 +70,43 @@ def configuration(found: Pretrained, overrides: list[str]) -> Config:
         config = Config(model=found.model)
         length = min(longest, config.data.sequence_length)
         config = replace(config, data=replace(config.data, sequence_length=length))
+    if sources:
+        config = replace(config, data=replace(config.data, validation_tokens=LARGEST))
     most = min(longest, config.generation.max_length)
     config = replace(config, generation=replace(config.generation, max_length=most))
-    return with_overrides(config, overrides, replace(found.fixed(), where=found.source))
+    return with_overrides(config, overrides, found.fixed(found.source))
 
 
-def held_out(
-    found: Pretrained, config: Config, sources: list[str]
-) -> tuple[list[str], dict[int, Tokens], Tokenizer]:
-    """The names of the texts to evaluate on, their tokens, and the tokenizer that made them.
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """The text to evaluate on."""
+
+    names: list[str]  # of its parts
+    parts: dict[int, Tokens]  # by number, as much as data.validation_tokens allows
+    tokens: int  # of all parts, evaluated or not
+    tokenizer: Tokenizer  # which made them
+
+
+def held_out(found: Pretrained, config: Config, sources: list[str]) -> HeldOut:
+    """The texts that are named, or the one that the checkpoint was evaluated on.
 
     Raises:
-        UserError: a text cannot be used, or is not the one that the checkpoint was evaluated on.
+        UserError: a text cannot be used, or is another one than the checkpoint's.
     """
     from smollm.data import corpus, token_cache  # what it needs may be missing: `execute` says so
 
+    most = config.data.validation_tokens
     if not sources:
         made = _own_corpus(found, config)
-        parts = made.held_out(config.data.validation_tokens)
-        return [f"held out of {part.name}" for part in made.parts], parts, made.tokenizer
+        names = [f"held out of {part.name}" for part in made.parts]
+        return HeldOut(names, made.held_out(most), made.tokens - len(made.train), made.tokenizer)
     parts = {}
     for number, source in enumerate(sources):
         data = replace(config.data, input_files=(), validation_file=source)
         made = token_cache.prepare(replace(config, data=data), found.tokenizer(), cli.warn)
         parts[number] = made.parts[0].validation
-    return sources, corpus.at_most(config.data.validation_tokens, parts), made.tokenizer
+    tokens = sum(len(part) for part in parts.values())
+    return HeldOut(sources, corpus.at_most(most, parts), tokens, made.tokenizer)
 
 
 def _own_corpus(found: Pretrained, config: Config) -> Any:
@@ -109,9 +133,8 @@ def _own_corpus(found: Pretrained, config: Config) -> Any:
     return made
 
 
-def evaluate(found: Pretrained, config: Config, sources: list[str]) -> tuple[Result, list[Result]]:
-    """What all texts together, and each of them, say of a model."""
-    names, parts, tokenizer = held_out(found, config, sources)
+def evaluate(found: Pretrained, config: Config, text: HeldOut) -> tuple[Result, list[Result]]:
+    """What all parts of a text together, and each of them, say of a model."""
     from smollm import hardware  # imports torch
     from smollm.data.shards import text_bytes
     from smollm.tracking.metrics import bits_per_byte, perplexity
@@ -120,24 +143,28 @@ def evaluate(found: Pretrained, config: Config, sources: list[str]) -> tuple[Res
     device = hardware.choose_device(config.training.device)
     dtype = hardware.choose_dtype(config.training.precision, device)
     model, length = pretrained.load(found, device, dtype), config.data.sequence_length
-    batch_size = min(config.training.batch_size, max(1, MOST_TOKENS // length))
-    results = evaluate_parts(model, parts, length, batch_size, device)
-    sizes = {number: text_bytes(tokens, tokenizer) for number, tokens in parts.items()}
+    most = max(1, MOST_LOGITS // (length * found.model.vocab_size))
+    batch_size = min(config.training.batch_size, most)
+    results = evaluate_parts(model, text.parts, length, batch_size, device)
+    sizes = {n: text_bytes(tokens, text.tokenizer) for n, tokens in text.parts.items()}
 
     def result(name: str, found: Evaluation, size: int) -> Result:
         bits = bits_per_byte(found.total, size)
         return Result(name, found.loss, perplexity(found.loss), found.tokens, size, bits)
 
-    each = [result(names[number], results[number], sizes[number]) for number in parts]
+    each = [result(text.names[n], results[n], sizes[n]) for n in text.parts]
     name = ", ".join(result.name for result in each)
     return result(name, together(results.values()), sum(sizes.values())), each
 
 
-def describe(found: Pretrained, whole: Result, each: list[Result]) -> list[str]:
+def describe(found: Pretrained, text: HeldOut, whole: Result, each: list[Result]) -> list[str]:
     """The result for people."""
+    used = sum(len(tokens) for tokens in text.parts.values())
+    limit = f"the first {used:,} of {text.tokens:,} tokens (data.validation_tokens)"
     rows = [
         ("model", f"{found.source} ({found.model.architecture})"),
         ("text", whole.name),
+        *([("", limit)] if used < text.tokens else []),
         ("tokens", f"{whole.tokens:,} predicted, {whole.bytes:,} bytes of text"),
         ("loss", f"{whole.loss:.4f} nats per token"),
         ("perplexity", f"{whole.perplexity:.1f}"),
@@ -162,22 +189,30 @@ def main(argv: list[str] | None = None) -> int:
     """
     parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--checkpoint", type=cli.source, required=True, metavar="DIR_OR_HUB_ID", help="the model"
+        "--checkpoint", type=cli.model, required=True, metavar="DIR_OR_HUB_ID", help="the model"
     )
     cli.add_input_file(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value",
+        help=f"of the checkpoint's configuration: {', '.join(OVERRIDES)}",
+    )  # fmt: skip
     arguments = cli.parse(parser, argv)
     if arguments.unknown:
         raise ConfigError(*(f"command line: unknown flag {word}" for word in arguments.unknown))
+    if ranks.world_size() > 1:  # each process would take a share of the text
+        raise ConfigError("evaluate.py is one process; start it without torchrun")
+    sources = arguments.input_file or []
     found = pretrained.find(arguments.checkpoint)
-    config = configuration(found, arguments.overrides)
-    whole, each = evaluate(found, config, arguments.input_file or [])
+    config = configuration(found, arguments.overrides, sources)
+    text = held_out(found, config, sources)
+    whole, each = evaluate(found, config, text)
     if arguments.json:
         parts = [dataclasses.asdict(part) for part in each]
-        print(json.dumps({"checkpoint": found.source, **dataclasses.asdict(whole), "each": parts}))
+        result = {"checkpoint": found.source, **dataclasses.asdict(whole), "each": parts}
+        print(json.dumps({**result, "text_tokens": text.tokens}))
     else:
-        for line in describe(found, whole, each):
+        for line in describe(found, text, whole, each):
             cli.say(line)
     return 0
 

@@ -35,7 +35,10 @@ LAYOUT = "\n\t"  # control characters that belong to a text
 
 def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", type=cli.path, required=True, help="a checkpoint directory")
+    parser.add_argument(
+        "--checkpoint", type=cli.model, required=True, metavar="DIR_OR_HUB_ID",
+        help="a checkpoint, a model's directory (Hugging Face's form), or owner/name of the Hub",
+    )  # fmt: skip
     parser.add_argument(
         "--prompt", type=cli.text, nargs="+", action="extend", metavar="TEXT",
         help="sample i takes text i mod n; each gets at least one (--prompt=-x begins with a -)",
@@ -51,10 +54,10 @@ def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _samples(
-    directory: Path, settings: GenerationConfig, seed: int, is_length_given: bool
+    source: str, settings: GenerationConfig, seed: int, is_length_given: bool
 ) -> list[Sample]:
-    """Samples from the checkpoint, or the model of another tool, in a directory."""
-    found = pretrained.find(str(directory))
+    """Samples from a checkpoint, or from the model of another tool."""
+    found = pretrained.find(source)
     from smollm import generation, hardware  # imports torch
 
     device = hardware.choose_device("auto")
@@ -82,13 +85,14 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.prompt:
         settings = dataclasses.replace(settings, prompts=tuple(arguments.prompt))
     seed = arguments.seed if arguments.seed is not None else secrets.randbelow(2**31)
-    directory = atomic.follow(arguments.checkpoint)
+    source = arguments.checkpoint
+    directory = atomic.follow(Path(source))
     while True:
         try:
-            samples = _samples(directory, settings, seed, arguments.max_length is not None)
+            samples = _samples(source, settings, seed, arguments.max_length is not None)
             break
         except CheckpointError:  # a run may have pruned what `latest` named: take what it names now
-            tried, directory = directory, atomic.follow(arguments.checkpoint)
+            tried, directory = directory, atomic.follow(Path(source))
             if directory == tried:
                 raise
     for sample in samples:

@@ -25,7 +25,6 @@ if __name__ == "__main__":  # PYTHONSAFEPATH leaves the script's folder out
 
 from smollm import atomic, cli, fault_injection, ranks
 from smollm.checkpoint import pretrained, resume, store
-from smollm.checkpoint.pretrained import Pretrained
 from smollm.config import Config
 from smollm.errors import CheckpointError, ConfigError
 from smollm.signals import StopSignals
@@ -78,11 +77,11 @@ def train(run: Run) -> None:
             break
 
 
-def starting_weights(arguments: argparse.Namespace) -> Pretrained | None:
-    """What --init_from names, for a run that is to start; a checkpoint in save_dir wins.
+def weights_to_start_with(arguments: argparse.Namespace) -> str | None:
+    """What --init_from names, if a run is to start with it; a checkpoint in save_dir wins.
 
     Raises:
-        UserError: it cannot be used, or --resume names a checkpoint.
+        ConfigError: --resume names a checkpoint, or the weights lie in save_dir.
     """
     source, resume_from, save_dir = arguments.init_from, arguments.resume, arguments.save_dir
     if source is None:
@@ -92,10 +91,12 @@ def starting_weights(arguments: argparse.Namespace) -> Pretrained | None:
             f"--init_from {source} starts a run and --resume {resume_from} goes on with one; give "
             "one of them"
         )
+    if Path(source).resolve() == save_dir.resolve():
+        raise ConfigError(f"--save_dir {save_dir}: holds the weights to start with; name another")
     if resume_from == "auto" and store.steps(save_dir):
         cli.say(f"--init_from {source} is not used: the run in {save_dir} goes on")
         return None
-    return pretrained.find(source)
+    return source
 
 
 def chosen_by_rank_0(config: Config, choose: Callable[[], Path | None]) -> Path | None:
@@ -155,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
         help="go on from the newest checkpoint of --save_dir, or from a named one (never)",
     )  # fmt: skip
     parser.add_argument(
-        "--init_from", type=cli.source, metavar="DIR_OR_HUB_ID",
+        "--init_from", type=cli.model, metavar="DIR_OR_HUB_ID",
         help="start with these weights, and their tokenizer: a model's directory (Hugging Face's "
         "form, Llama or Starcoder2), a checkpoint, or owner/name of the Hub",
     )  # fmt: skip
@@ -163,9 +164,15 @@ def main(argv: list[str] | None = None) -> int:
     with StopSignals() as stop:
         arguments = cli.parse(parser, argv)
         save_dir, log_dir = arguments.save_dir, arguments.log_dir
-        weights = starting_weights(arguments)
-        fixed = weights.fixed() if weights else resume.fixed_model(save_dir, arguments.resume)
+        source, weights = weights_to_start_with(arguments), None
+        fixed = resume.fixed_model(save_dir, arguments.resume)
+        if source:
+            fixed = pretrained.find(source, with_weights=False).fixed(f"--init_from {source}")
         config = cli.configuration(arguments, "train_steps", fixed)
+        if source:  # all is checked before hundreds of megabytes are fetched, and before any lock
+            resume.find_resume(save_dir, arguments.resume, cli.warn)
+            weights = pretrained.find(source)
+            pretrained.require_usable(weights)
         last = config.training.train_steps
         if arguments.dry_run:
             store.refuse_nested(save_dir, "--save_dir")
@@ -182,7 +189,8 @@ def main(argv: list[str] | None = None) -> int:
                 return 0
             job = Job(
                 config=config, phase=1, save_dir=save_dir, log_dir=log_dir, last=last,
-                resume_from=resume_from, stop=stop, init_from=weights, dry_run=arguments.dry_run,
+                resume_from=resume_from, stop=stop, dry_run=arguments.dry_run,
+                init_from=None if resume_from else weights,
             )  # fmt: skip
             with open_run(job, held) as run:
                 if not job.dry_run:

@@ -23,9 +23,9 @@ config="" save_dir=checkpoints log_dir=logs
 inputs=() init_from=() overrides=()
 # Paths are relative to where the command was typed; URLs are none, and Python expands ~.
 absolute() { case $1 in /* | "~"* | *://*) echo "$1" ;; *) echo "$start_directory/$1" ;; esac; }
-# Or owner/name of the Hub, where there is no directory `owner`.
+# Or owner/name of the Hub, where there is no directory `owner`: hf:// says so for certain.
 is_id() { [[ $1 =~ ^[[:alnum:]_-][[:alnum:]._-]*/[[:alnum:]_-][[:alnum:]._-]*$ && ! -e $start_directory/${1%/*} ]]; }
-path_or_id() { if is_id "$1"; then echo "$1"; else absolute "$1"; fi; }
+path_or_id() { if is_id "$1"; then echo "hf://$1"; else absolute "$1"; fi; }
 while [ $# -gt 0 ]; do
     case $1 in
     --config | --input_file | --save_dir | --log_dir | --init_from)

@@ -104,7 +104,8 @@ def _run(
     np.save(path := directory / "tokens.npy", tokens)
     train, validation = (Tokens([(path, 0, size)]) for size in (count, min(count, 1024)))
     corpus = Corpus(
-        train, (Part("random", train, validation),), tokenizer.learn(["a text"], 258), 0, 1, 0,
+        train, (Part("random", train, validation),), tokenizer.learn(["a text"], 258), 0, {},
+        1, 0,
         {"text_bytes": 0},
     )  # fmt: skip
     job = Job(config, 1, directory, directory, last, resume_from, StopSignals(), dry_run=not saves)
@@ -290,7 +291,7 @@ def generate_ours(config: Config, arguments: argparse.Namespace) -> Result:
     directory.mkdir(exist_ok=True)
     weights = dict(model.named_parameters())
     safetensors.torch.save_file(weights, directory / store.WEIGHTS, {"format": "pt"})
-    document = huggingface.config_json(config.model, None, None)
+    document = huggingface.config_json(config.model)
     atomic.write_json(directory / store.MODEL_CONFIG, document)
     model = model.to(device, dtype).eval()
     prompts, new = _prompts(config)
@@ -365,7 +366,7 @@ def _trainer_steps(
     options = _trainer_options(config, arguments, compiled, micro_batch)
     device = options.device
     torch.manual_seed(config.training.seed)
-    architecture = huggingface.config_json(config.model, None, None)
+    architecture = huggingface.config_json(config.model)
     model = transformers.AutoModelForCausalLM.from_config(
         transformers.AutoConfig.for_model(**architecture)
     )

@@ -80,8 +80,16 @@ def path(word: str) -> Path:
 
 
 def source(word: str) -> str:
-    """An argparse type: a file, a folder, a glob, a URL or an id of the Hub, as text."""
+    """An argparse type: a file, a folder, a glob or a URL, as text."""
     return word if "://" in word else str(path(word))
+
+
+def model(word: str) -> str:
+    """An argparse type: a model's directory, or owner/name of the Hub, as text."""
+    if word.startswith("~"):
+        return str(path(word))
+    path(word)  # not empty, UTF-8
+    return word  # as it is: "./owner/name" is a path
 
 
 def training_parser(description: str) -> ArgumentParser:

@@ -205,6 +205,7 @@ class FixedModel:
     """A model section that weights have, in place of the file's."""
 
     model: ModelConfig
+    tokenizer_source: str  # whose tokenizer is used, in place of the file's tokenizer.source
     where: str  # in words
 
     def values(self) -> dict[str, Any]:

@@ -378,7 +378,7 @@ class _Reader:
             self.overridden.add(f"{section}.{key}")
 
     def fix_model(self, fixed: FixedModel) -> None:
-        """Take the model section of weights; note the overrides that contradict it."""
+        """Take the model section and tokenizer of weights; note overrides that contradict them."""
         given = self.values["model"]
         for key, value in fixed.values().items():
             if f"model.{key}" in self.overridden and given.get(key) not in (None, value):
@@ -387,7 +387,9 @@ class _Reader:
                     f"{value}; leave it out"
                 )
             given[key] = value
-        if "tokenizer.source" in self.overridden:
+        source = self.values["tokenizer"].get("source")
+        self.values["tokenizer"]["source"] = fixed.tokenizer_source
+        if "tokenizer.source" in self.overridden and source != fixed.tokenizer_source:
             self.problems.append(
                 f"command line: tokenizer.source has no effect: {fixed.where} has a tokenizer of "
                 "its own, which is used; leave it out"

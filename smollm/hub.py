@@ -7,17 +7,25 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from smollm import ranks
 from smollm.errors import InputError, first_line
 
+PREFIX = "hf://"  # says for certain that a word is an id
 _ID = re.compile(r"[A-Za-z0-9_-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+_CHECKPOINT = re.compile(r".*/(latest|best|step_\d+)")
 
 
-def is_id(word: str) -> bool:
-    """Whether a word may be the id of a repository: owner/name, where no `owner` is here.
+def repository(word: str) -> str | None:
+    """The id owner/name of a repository that a word names; None for a path.
 
-    Else it is a path, and a misspelt one is not looked for in the network.
+    It is a path where a directory `owner` is here, or where it is named as a checkpoint is: a
+    misspelt path is not looked for in the network. hf://owner/name is always an id.
     """
-    return _ID.fullmatch(word) is not None and not Path(word).parent.exists()
+    name = word.removeprefix(PREFIX)
+    if not _ID.fullmatch(name):
+        return None
+    is_path = Path(word).parent.exists() or _CHECKPOINT.fullmatch(word)
+    return None if is_path and name == word else name
 
 
 def fetch(repository: str, patterns: Sequence[str]) -> Path:
@@ -31,8 +39,11 @@ def fetch(repository: str, patterns: Sequence[str]) -> Path:
     import huggingface_hub  # takes half a second
     from huggingface_hub import errors
 
+    if not ranks.is_main():  # one progress bar for all
+        huggingface_hub.utils.disable_progress_bars()
+    only = {"allow_patterns": list(patterns), "ignore_patterns": ["*/*"]}  # no folders
     try:
-        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=list(patterns)))
+        return Path(huggingface_hub.snapshot_download(repository, **only))
     except errors.GatedRepoError as error:
         raise InputError(
             f"{repository}: the Hub gives it to users who have accepted its terms only; accept "

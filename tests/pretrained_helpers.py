@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from smollm.data.tokenizer import learn
 
 STOP = "<|stop|>"  # an end-of-text token that nobody knows by its name
+TEMPLATE = "{{ messages }}"  # of a chat
 SHAPE = {
     "llama": {
         "num_attention_heads": 6, "num_key_value_heads": 2, "tie_word_embeddings": False,
@@ -53,7 +54,9 @@ def write_tokenizer(directory: Path) -> None:
     vocabulary["zq"] = vocabulary.pop("<|pad|>")
     (directory / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     eos = {"content": STOP, "lstrip": False, "rstrip": False}
-    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
+    config = {"bos_token": "zq", "eos_token": eos, "tokenizer_class": "PreTrainedTokenizerFast"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    (directory / "chat_template.jinja").write_text(TEMPLATE)
 
 
 def loss_of(directory: Path, tokens: np.ndarray, length: int = 64) -> float:

@@ -37,7 +37,7 @@ def test_a_file_holds_what_differs_and_counts_its_parameters(path: Path) -> None
     config = load(path)
     changed = {line.partition(":")[0] for line in differences(Config(), config)}
     assert changed <= keys_of(path) <= changed | {"model.tie_word_embeddings"}
-    values = huggingface.config_json(config.model, None, None)
+    values = huggingface.config_json(config.model)
     with torch.device("meta"):
         theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
     count = sum(parameter.numel() for parameter in theirs.parameters())

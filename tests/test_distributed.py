@@ -27,6 +27,8 @@ from helpers import (
     train_sh,
     write_tiny,
 )
+from pretrained_helpers import write_model
+from safetensors.torch import load_file, save_file
 
 from smollm import atomic, distributed
 
@@ -305,15 +307,24 @@ except SystemExit as end:  # this script is not the command's own process
         ("sys.argv.append('training.learning_rate=0.1')", "2", "rank 1: training.learning_rate is"),
         ("sys.argv.append('training.seed=7')", "2", "rank 1: training.seed is 7, and 42 on rank 0"),
         ("sys.argv[sys.argv.index('text.txt')] = 'other.txt'", "3", "rank 1: text_sha256 is"),
+        ("os.chdir('other')", "2", "rank 1: the weights is"),
     ],
 )
 def test_ranks_that_disagree(tmp_path: Path, change: str, code: str, said: str) -> None:
-    """Another learning rate, seed or text on rank 1: the rank and the difference in one line,
-    nothing saved."""
+    """Another learning rate, seed, text or weights on rank 1: the rank and the difference in one
+    line, nothing saved."""
     write_tiny(tmp_path)
     (tmp_path / "other.txt").write_text((tmp_path / "text.txt").read_text()[:20_000])
     (tmp_path / "different.py").write_text(DIFFERENT.format(change=change))
     words = command("train.py", "--train_steps", "20", *SETTINGS)[1:]
+    if "chdir" in change:  # another machine, with other weights of the same name
+        write_model(tmp_path / "model", shard_size="1GB")
+        write_tiny(tmp_path / "other")
+        path = shutil.copytree(tmp_path / "model", tmp_path / "other/model") / "model.safetensors"
+        weights = load_file(path)
+        weights["model.norm.weight"] *= 3
+        save_file(weights, path, {"format": "pt"})
+        words += ["--init_from", "model"]
     launcher = [sys.executable, "-m", "smollm.launch", "--standalone", "--nproc_per_node=2"]
     result = call(
         tmp_path, [*launcher, "different.py", *words], PYTHONPATH=str(ROOT),

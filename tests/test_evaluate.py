@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -99,10 +100,27 @@ def test_bits_per_byte_of_two_tokenizers(run: Path, tmp_path: Path, kind: str) -
     assert (found["tokens"], found["bytes"]) == (len(tokens) - 1, size)
     assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, abs=1e-4)
     assert found["loss"] == pytest.approx(nats / (len(tokens) - 1), abs=1e-4)
+    assert found["text_tokens"] == len(tokens)
     limited = result_of(run, *words, "data.validation_tokens=65")
+    assert (limited["tokens"], limited["text_tokens"]) == (64, len(tokens))
     assert limited["tokens"] == 64 and limited["bytes"] == len(
         tokenizer.decode(tokens[:65].tolist()).rstrip("\ufffd").encode()
     )
+
+
+def test_a_part_of_a_text_is_said_to_be_one(run: Path) -> None:
+    """All of a named text is evaluated; data.validation_tokens takes the first tokens of it."""
+    words = ["--checkpoint", "run/checkpoints/latest", "--input_file", "held.txt"]
+    assert "the first" not in evaluate(run, *words).stdout
+    shown = evaluate(run, *words, "data.validation_tokens=30").stdout
+    assert re.search(r"^ +the first 30 of [\d,]+ tokens \(data.validation_tokens\)$", shown, re.M)
+
+
+def test_variables_of_torchrun_are_refused(run: Path) -> None:
+    """Each process would evaluate a share of the text: no number is better than a wrong one."""
+    several = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    result = evaluate(run, "--checkpoint", "run/checkpoints/latest", MASTER_PORT="29999", **several)
+    assert result.returncode == 2 and "start it without torchrun" in result.stdout
 
 
 def test_a_text_that_is_not_the_checkpoints_is_refused(run: Path, tmp_path: Path) -> None:
@@ -129,7 +147,8 @@ def test_a_text_that_is_not_the_checkpoints_is_refused(run: Path, tmp_path: Path
     [
         (["--nonsense"], 2, "unknown flag --nonsense"),
         (["data.text_kye=a"], 2, "did you mean data.text_key?"),
-        (["model.rope_theta=5"], 2, "contradicts run/checkpoints/latest, which has 10000.0"),
+        (["model.rope_theta=5"], 2, "only data., training.device, training.precision can be"),
+        (["tokenizer.source=gpt2"], 2, "only data., training.device"),
         (["--input_file", "nowhere.txt"], 3, "nowhere.txt"),
         (["--input_file", "other.jsonl", "data.text_key=text"], 3, "has no key 'text'"),
         (["--checkpoint", "nowhere"], 3, "nowhere: there is no such checkpoint"),

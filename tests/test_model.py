@@ -42,7 +42,7 @@ families = pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES.keys())
 
 def huggingface(model: CausalLM) -> PreTrainedModel:
     """The same weights in Hugging Face's architecture."""
-    values = hf.config_json(model.config, 0, 1)
+    values = hf.config_json(model.config, {"pad_token": 1})
     theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values)).eval()
     assert type(theirs).__name__ == values["architectures"][0]
     missing = theirs.load_state_dict(model.state_dict(), strict=False)
@@ -385,7 +385,7 @@ def test_attention_functions_agree(shared: int) -> None:
 @families
 def test_huggingface_config_round_trip(config: ModelConfig) -> None:
     """config.json gives the architecture back."""
-    assert model_config(hf.model_values(hf.config_json(config, 0, 1)), "here") == config
+    assert model_config(hf.model_values(hf.config_json(config)), "here") == config
 
 
 @pytest.mark.gpu

@@ -39,14 +39,15 @@ _EPSILON = {  # of the norms: our name, and config.json's
     "starcoder2": ("layer_norm_epsilon", "norm_epsilon"),
     "llama": ("rms_norm_eps", "rms_norm_eps"),
 }
+SPECIAL = ("bos_token", "eos_token", "pad_token")
 _DROPOUTS = ("attention_dropout", "residual_dropout", "embedding_dropout")
 
 
-def config_json(config: ModelConfig, eos: int | None, pad: int | None) -> dict[str, Any]:
+def config_json(config: ModelConfig, special_ids: dict[str, int] | None = None) -> dict[str, Any]:
     """config.json: the model as Hugging Face's `Starcoder2` or `Llama`.
 
     Args:
-        eos, pad: ids of the end-of-text and the padding token.
+        special_ids: of bos_token, eos_token and pad_token, if there is a tokenizer.
     """
     family = config.architecture
     ours, theirs = _EPSILON[family]
@@ -63,9 +64,7 @@ def config_json(config: ModelConfig, eos: int | None, pad: int | None) -> dict[s
         "attention_dropout": 0.0,
         **starcoder2,
         "use_cache": True,
-        "bos_token_id": eos,
-        "eos_token_id": eos,
-        "pad_token_id": pad,
+        **{f"{key}_id": (special_ids or {}).get(key) for key in SPECIAL},
         "dtype": "float32",
     }
 
@@ -83,7 +82,7 @@ def model_values(values: dict[str, Any]) -> dict[str, Any]:
     for key, expected in _FIXED[family].items():
         if values.get(key, expected) != expected:
             raise ValueError(f"{key} is {values[key]!r}, and only {expected!r} is computed here")
-    values = {**_MISSING[family], **values}
+    values = {**_MISSING[family], **{k: v for k, v in values.items() if v is not None}}
     for what in _not_computed(values):
         raise ValueError(f"{what} is not computed here")
     ours, theirs = _EPSILON[family]
@@ -128,15 +127,20 @@ def dropouts(values: dict[str, Any]) -> str:
 
 
 def model_documents(
-    config: dict[str, Any], generation: GenerationConfig, tokenizer: Tokenizer
+    config: dict[str, Any],
+    generation: GenerationConfig,
+    tokenizer: Tokenizer,
+    tokenizer_config: dict[str, Any],
 ) -> dict[str, Any]:
     """The JSON files beside the weights, by their names.
 
     Args:
         config: config.json's content.
+        tokenizer_config: of a tokenizer that another tool made; else empty. What it says beside the
+            special tokens, such as a chat template, stays.
     """
-    ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    texts = {key.removesuffix("_id"): tokenizer.id_to_token(number) for key, number in ids.items()}
+    ids = {f"{key}_id": config[f"{key}_id"] for key in SPECIAL}
+    texts = {key: tokenizer.id_to_token(config[f"{key}_id"]) for key in SPECIAL}
     # It describes the model, not the length of our samples; and with do_sample false transformers
     # warns of settings for sampling, older versions refuse them.
     sampling: dict[str, Any] = {"do_sample": generation.temperature > 0}
@@ -149,9 +153,10 @@ def model_documents(
         store.TOKENIZER: tokenizer.to_str(),
         store.TOKENIZER_CONFIG: {
             "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            **tokenizer_config,
             **texts,
             "model_max_length": config["max_position_embeddings"],
-            "clean_up_tokenization_spaces": False,
         },
     }
 

@@ -27,8 +27,8 @@ if TYPE_CHECKING:  # a command must find its model before torch is imported
     from smollm.data.tokenizer import TokenizerFiles
 
 INDEX = "model.safetensors.index.json"  # which of several files holds which tensor
-FETCHED = ("*.safetensors", "*.json")  # of a repository of the Hub
-PICKLES = ("*.bin", "*.pt", "*.pth")
+FETCHED = ("*.safetensors", "*.json", "*.jinja")  # of a repository of the Hub
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.bin.index.json")
 # Tensors that are no weights: older versions of transformers saved the rotary frequencies.
 _NO_WEIGHTS = re.compile(r".*\.rotary_emb\.inv_freq")
 
@@ -43,9 +43,14 @@ class Pretrained:
     files: tuple[Path, ...]  # with its tensors
     dropouts: str  # that its config.json names, in words
 
-    def fixed(self) -> FixedModel:
-        """Its model, in place of a configuration's."""
-        return FixedModel(self.model, f"--init_from {self.source}")
+    @property
+    def name(self) -> str:
+        """Its name in errors: a repository's id, or the directory that a link names."""
+        return self.source if hub.repository(self.source) else str(self.directory)
+
+    def fixed(self, where: str) -> FixedModel:
+        """Its model, in place of a configuration's; `where` is its name there."""
+        return FixedModel(self.model, self.source, where)
 
     def tokenizer(self) -> TokenizerFiles:
         """Its tokenizer.
@@ -55,7 +60,7 @@ class Pretrained:
         """
         from smollm.data import tokenizer
 
-        return tokenizer.read_files(self.directory)
+        return tokenizer.read_files(self.directory, f"{self.name}: its {tokenizer.FILE}")
 
     def trainer_state(self) -> dict[str, Any] | None:
         """trainer_state.json of one of our checkpoints; None for another's model.
@@ -63,72 +68,102 @@ class Pretrained:
         Raises:
             CheckpointError: it is damaged.
         """
-        if not (self.directory / store.TRAINER_STATE).is_file():
-            return None
-        return store.read_trainer_state(self.directory)
+        is_ours = store.is_ours(self.directory)
+        return store.read_trainer_state(self.directory) if is_ours else None
 
 
-def find(source: str) -> Pretrained:
+def find(source: str, with_weights: bool = True) -> Pretrained:
     """The model of a directory, of a checkpoint that is whole, or of a repository of the Hub.
+
+    Args:
+        with_weights: whether they are needed; else config.json alone is fetched and checked.
 
     Raises:
         CheckpointError: it is none, is incomplete, or computes what ours does not.
         InputError: the repository cannot be fetched.
     """
-    directory = atomic.follow(Path(source))
-    if hub.is_id(source):
-        directory = hub.fetch(source, FETCHED)
-    ours = (atomic.MANIFEST, store.TRAINER_STATE, store.TRAINING_STATE)
-    if (
-        not directory.is_dir()
-        or store.steps(directory)
-        or any((directory / name).exists() for name in ours)
-    ):
-        store.require_whole(directory)
+    if repository := hub.repository(source):
+        directory = hub.fetch(repository, FETCHED if with_weights else (store.MODEL_CONFIG,))
+    else:
+        directory = atomic.follow(Path(source))
+        no_model = not directory.is_dir() or store.steps(directory)
+        if no_model or (with_weights and store.is_ours(directory)):
+            store.require_whole(directory)
+    name = repository or str(directory)
+    content, model = _read_config(directory, name)
+    files = _files(directory, name) if with_weights else ()
+    return Pretrained(repository or source, directory, model, files, huggingface.dropouts(content))
+
+
+def _read_config(directory: Path, name: str) -> tuple[dict[str, Any], ModelConfig]:
+    """config.json, and what it makes of our model section.
+
+    Args:
+        name: of the model, for errors.
+    """
+    where = f"{name}: its {store.MODEL_CONFIG}"
     try:
         content = atomic.read_json(directory / store.MODEL_CONFIG)
         values = huggingface.model_values(content)
     except FileNotFoundError as error:
+        if hub.repository(name):
+            raise CheckpointError(
+                f"{name}: is not a model's repository, or was fetched in part only: there is no "
+                f"{store.MODEL_CONFIG}"
+            ) from error
         raise CheckpointError(
-            f"{source}: is neither a checkpoint (it has no {atomic.MANIFEST}) nor a model's "
+            f"{name}: is neither a checkpoint (it has no {atomic.MANIFEST}) nor a model's "
             f"directory (it has no {store.MODEL_CONFIG})"
         ) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{directory}/{store.MODEL_CONFIG}: {error}") from error
+        raise CheckpointError(f"{where}: {error}") from error
     except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise CheckpointError(
-            f"{directory}/{store.MODEL_CONFIG}: is malformed: {type(error).__name__}: {error}"
-        ) from error
-    model = model_config(values, f"{directory}/{store.MODEL_CONFIG}")
-    return Pretrained(source, directory, model, _files(directory), huggingface.dropouts(content))
+        raise CheckpointError(f"{where}: is malformed: {type(error).__name__}: {error}") from error
+    return content, model_config(values, where)
 
 
-def _files(directory: Path) -> tuple[Path, ...]:
-    """The files of a model's tensors; CheckpointError where there are none or one is missing."""
-    if (directory / INDEX).is_file():
-        try:
-            names = set(atomic.read_json(directory / INDEX)["weight_map"].values())
-            wrong = [name for name in names if Path(name).name != name]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{directory}/{INDEX}: is malformed: {error!r}") from error
-        if wrong or not names:
-            raise CheckpointError(f"{directory}/{INDEX}: names {wrong or 'no files'}")
-    elif (directory / store.WEIGHTS).is_file():
-        names = {store.WEIGHTS}
-    elif pickles := [path.name for glob in PICKLES for path in sorted(directory.glob(glob))]:
-        raise CheckpointError(
-            f"{directory}: has its weights in {pickles[0]}, a pickle, which can execute anything "
-            "when it is opened; where you trust it, transformers converts it: "
+def _files(directory: Path, name: str) -> tuple[Path, ...]:
+    """The files of a model's tensors; CheckpointError where there are none or one is missing.
+
+    Where there is one file it wins over an index, as it does for transformers.
+    """
+    if (directory / store.WEIGHTS).is_file():
+        return (directory / store.WEIGHTS,)
+    if not (directory / INDEX).is_file():
+        pickles = [path.name for glob in PICKLES for path in sorted(directory.glob(glob))]
+        in_what = f"in {pickles[0]}, a pickle" if pickles else "in .bin files, pickles"
+        convert = (
+            f"has its weights {in_what}, which can execute anything when it is opened; where you "
+            "trust it, transformers converts it: "
             "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
         )
-    else:
-        raise CheckpointError(f"{directory}: holds no weights ({store.WEIGHTS} or {INDEX})")
-    if missing := sorted(name for name in names if not (directory / name).is_file()):
+        if pickles:
+            raise CheckpointError(f"{name}: {convert}")
+        perhaps = f"; perhaps it {convert}" if hub.repository(name) else ""
+        raise CheckpointError(f"{name}: holds no weights ({store.WEIGHTS} or {INDEX}){perhaps}")
+    try:
+        names = set(atomic.read_json(directory / INDEX)["weight_map"].values())
+        wrong = [file for file in names if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", file)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{name}: its {INDEX} is malformed: {error!r}") from error
+    if wrong or not names:
+        raise CheckpointError(f"{name}: its {INDEX} names {wrong or 'no files'}")
+    if missing := sorted(file for file in names if not (directory / file).is_file()):
         raise CheckpointError(
-            f"{directory}: {missing[0]} is missing, of {len(names)} files with its weights; copy "
+            f"{name}: {missing[0]} is missing, of {len(names)} files with its weights; copy "
             "or fetch it again"
         )
-    return tuple(directory / name for name in sorted(names))
+    return tuple(directory / file for file in sorted(names))
+
+
+def require_usable(found: Pretrained) -> None:
+    """Read the weights and the tokenizer once, before anything is written for a run.
+
+    Raises:
+        CheckpointError, InputError: as `read_weights` and `load_tokenizer` do.
+    """
+    load_tokenizer(found)
+    read_weights(found)
 
 
 def load(found: Pretrained, device: torch.device, dtype: torch.dtype) -> CausalLM:
@@ -150,6 +185,7 @@ def load_tokenizer(found: Pretrained) -> tuple[Tokenizer, int]:
 
     files = found.tokenizer()
     parsed = tokenizer.parse(files.content, files.where)
+    tokenizer.require_rows(parsed, found.model.vocab_size, files.where)
     return parsed, tokenizer.end_token(parsed, files.eos_token, files.where)
 
 
@@ -173,10 +209,10 @@ def read_weights(found: Pretrained) -> dict[str, Tensor]:
             _check(found, name, tensor, expected.get(name))
             weights[name] = tensor
     if found.model.tie_word_embeddings and "lm_head.weight" in weights:
-        head, embedding = weights.pop("lm_head.weight"), weights.get("model.embed_tokens.weight")
-        if embedding is not None and not torch.equal(head, embedding):
+        head = weights.pop("lm_head.weight")  # which may stand for both
+        if not torch.equal(head, weights.setdefault("model.embed_tokens.weight", head)):
             raise CheckpointError(
-                f"{found.directory}: lm_head.weight is not the embedding, and "
+                f"{found.name}: lm_head.weight is not the embedding, and "
                 f"{store.MODEL_CONFIG} says tie_word_embeddings: true"
             )
     for what, names in (
@@ -185,7 +221,7 @@ def read_weights(found: Pretrained) -> dict[str, Tensor]:
     ):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise CheckpointError(f"{found.directory}: {what} {min(names)}{more}")
+            raise CheckpointError(f"{found.name}: {what} {min(names)}{more}")
     return weights
 
 
@@ -196,11 +232,11 @@ def _check(found: Pretrained, name: str, tensor: Tensor, shape: tuple[int, ...] 
         problem = f"has the shape {tuple(tensor.shape)}, and {store.MODEL_CONFIG} makes it {shape}"
     elif not tensor.is_floating_point() or tensor.itemsize < 2:
         dtype = str(tensor.dtype).removeprefix("torch.")
-        problem = f"is {dtype}; weights are needed in fp32, bf16 or fp16"
+        problem = f"is {dtype}; weights are needed in bf16, fp16, fp32 or fp64"
     elif not tensor.isfinite().all():
         problem = "holds numbers that are not finite"
     if problem:
-        raise CheckpointError(f"{found.directory}: {name} {problem}")
+        raise CheckpointError(f"{found.name}: {name} {problem}")
 
 
 def _tensors(found: Pretrained) -> Iterator[tuple[str, Tensor]]:
@@ -212,4 +248,6 @@ def _tensors(found: Pretrained) -> Iterator[tuple[str, Tensor]]:
         try:
             yield from load_file(path).items()
         except (OSError, ValueError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: cannot be read: {first_line(error)}") from error
+            raise CheckpointError(
+                f"{found.name}: {path.name} cannot be read: {first_line(error)}"
+            ) from error

@@ -78,7 +78,8 @@ def fixed_model(save_dir: Path, resume: str) -> FixedModel | None:
             continue
         if state.get("init_from") is None:
             return None
-        return FixedModel(from_saved(state["config"], str(directory)).model, str(directory))
+        saved = from_saved(state["config"], str(directory))
+        return FixedModel(saved.model, saved.tokenizer.source, str(directory))
     return None
 
 

@@ -317,12 +317,24 @@ def require_whole(directory: Path) -> None:
         raise CheckpointError(f"{directory}: damaged: {wrong}{_others(directory)}")
 
 
+def is_ours(directory: Path) -> bool:
+    """Whether a directory is a checkpoint of ours, whole or not.
+
+    Other tools write a trainer_state.json too (Hugging Face's Trainer), or a manifest.json.
+    """
+    if (directory / TRAINING_STATE).exists() or "format_version" in summary(directory):
+        return True
+    try:
+        entries = atomic.read_json(directory / atomic.MANIFEST)["files"].values()
+        return all("sha256" in entry for entry in entries)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False
+
+
 def is_model_only(directory: Path) -> bool:
     """Whether a directory holds weights, configuration and tokenizer, but is no checkpoint."""
-    ours = (atomic.MANIFEST, TRAINER_STATE, TRAINING_STATE)
-    return all((directory / name).is_file() for name in (WEIGHTS, MODEL_CONFIG, TOKENIZER)) and (
-        not any((directory / name).exists() for name in ours)
-    )
+    needed = (WEIGHTS, MODEL_CONFIG, TOKENIZER)
+    return all((directory / name).is_file() for name in needed) and not is_ours(directory)
 
 
 def _others(directory: Path) -> str:

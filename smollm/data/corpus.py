@@ -12,7 +12,7 @@ from smollm.data import heldout, shards
 from smollm.data.files import Source
 from smollm.data.hashes import Identity, key
 from smollm.data.shards import FileTokens, Tokens
-from smollm.data.tokenizer import Encoder
+from smollm.data.tokenizer import Chosen
 from smollm.errors import InputError
 
 
@@ -33,6 +33,7 @@ class Corpus:
     parts: tuple[Part, ...]  # one for each source, and one for data.validation_file
     tokenizer: Tokenizer
     end: int  # the id of the end-of-text token
+    tokenizer_config: dict[str, Any]  # see `tokenizer.Chosen`
     documents: int
     text_bytes: int  # of the documents' texts, in UTF-8
     fingerprint: dict[str, Any]  # of the text, the tokenizer and the split
@@ -81,13 +82,13 @@ class HashedFile:
 
 def build(
     config: Config, sources: list[Source], hashed: dict[Path, HashedFile],
-    found: dict[Path, FileTokens], tokenizer: Tokenizer, encoder: Encoder,
+    found: dict[Path, FileTokens], chosen: Chosen,
 ) -> Corpus:  # fmt: skip
     """The corpus of tokens that are on the disk.
 
     Args:
         sources: of the input; where there is a data.validation_file it is the last.
-        found: the tokens of each file, which `encoder` made with `tokenizer`.
+        found: the tokens of each file, which the `chosen` tokenizer made.
     """
     of_file, fraction = config.data.validation_file, config.data.validation_fraction
     parts, made_of = [], []
@@ -98,7 +99,7 @@ def build(
         if of_file:
             cut = 0 if source is sources[-1] else count
         else:
-            cut = heldout.offset(every, fraction, encoder)
+            cut = heldout.offset(every, fraction, chosen.encoder)
         # A text that has no separator at its end has no end-of-text there, unless another follows.
         if cut < count and in_order[-1].open_end:
             count -= 1
@@ -109,13 +110,14 @@ def build(
     return Corpus(
         train=Tokens(part for each in parts for part in each.train.parts),
         parts=tuple(parts),
-        tokenizer=tokenizer,
-        end=encoder.end,
+        tokenizer=chosen.tokenizer,
+        end=chosen.end,
+        tokenizer_config=chosen.config,
         documents=sum(shard.documents for shard in every),
         text_bytes=sum(shard.bytes for shard in every),
         fingerprint={
             **_text_fingerprint(sources, hashed),
-            "tokenizer_sha256": sha256(tokenizer.to_str().encode()).hexdigest(),
+            "tokenizer_sha256": sha256(chosen.tokenizer.to_str().encode()).hexdigest(),
             "validation_fraction": None if of_file else fraction,
             "tokens": key(made_of),
         },

@@ -32,7 +32,10 @@ def offset(shards: Sequence[Shard], fraction: float, encoder: Encoder) -> int:
     around = _around(shards, starts, tokens, at, target)
     if (best := best_boundary(total, fraction, around)) is not None:
         return around[best]
-    return int(tokens[at]) + _inside(shards[at], int(target) - int(starts[at]), encoder)
+    cut = int(tokens[at]) + _inside(shards[at], int(target) - int(starts[at]), encoder)
+    # With unknown characters or a normalizer the tokens decode to another text, of which nothing
+    # may be left there.
+    return cut if cut < tokens[-1] - 1 else int(tokens[-1] * target / total)
 
 
 def _around(

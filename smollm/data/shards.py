@@ -246,7 +246,8 @@ def text_bytes(tokens: "Tokens", tokenizer: Tokenizer) -> int:
     """UTF-8 bytes of the text that tokens stand for, separators left out, by the shards' index.
 
     Args:
-        tokenizer: made them. Where they begin or end within a piece, what is before is decoded.
+        tokenizer: made them. Where they begin or end within a piece, the index gives the bytes of
+            the piece, and what is decoded before that place the share of them.
     """
     size = 0
     for path, first, last in tokens.parts:
@@ -258,19 +259,25 @@ def text_bytes(tokens: "Tokens", tokenizer: Tokenizer) -> int:
         for start, stop, of_piece in zip(
             *(column[inside].tolist() for column in (starts, stops, pieces["bytes"])), strict=True
         ):
-            ids = np.load(path, mmap_mode="r")
+            ids = np.load(path, mmap_mode="r")[start:stop]
             before, until = (
-                of_piece if place >= stop else _bytes_of(ids[start : max(start, place)], tokenizer)
+                _share_before(ids, min(max(place - start, 0), len(ids)), tokenizer)
                 for place in (first, last)
             )
-            size += until - before
+            size += round(until * of_piece) - round(before * of_piece)
     return size
 
 
-def _bytes_of(ids: np.ndarray, tokenizer: Tokenizer) -> int:
-    """UTF-8 bytes of the text of tokens; of a character that is cut at their end, none."""
-    text = tokenizer.decode(ids.tolist(), skip_special_tokens=False)
-    return len(text.rstrip("\ufffd").encode())
+def _share_before(ids: np.ndarray, count: int, tokenizer: Tokenizer) -> float:
+    """The share of the text of tokens that the first `count` stand for, measured in bytes."""
+    if count in (0, len(ids)):
+        return float(count > 0)
+    whole, text = (
+        tokenizer.decode(part.tolist(), skip_special_tokens=False) for part in (ids, ids[:count])
+    )
+    if not whole.startswith(text):
+        text = text.rstrip("\ufffd")  # a character that is cut there
+    return min(1.0, len(text.encode()) / max(1, len(whole.encode())))
 
 
 class Tokens:

@@ -26,7 +26,7 @@ from smollm.data.parallel import Task
 from smollm.data.progress import Log, Progress
 from smollm.data.shards import FileTokens
 from smollm.data.sources import Reader, refusal, text_size
-from smollm.data.tokenizer import Encoder, TokenizerFiles
+from smollm.data.tokenizer import Chosen, Encoder, TokenizerFiles
 from smollm.errors import InputError
 
 # Every start verifies the hashes of the tokens up to so many bytes and files; of more, it takes the
@@ -88,12 +88,11 @@ def _prepare(
 ) -> Corpus:  # fmt: skip
     """The corpus from the cache, where what is missing or damaged is made first."""
     hashed = _hash(sources, Hashes(Path(config.data.cache_dir), log), log)
-    chosen, end = _choose_tokenizer(config, sources, hashed, given, log)
-    _check_vocabulary(chosen, config, given, log)
-    encoder = Encoder(chosen.to_str(), end)
-    found = _tokens_of_files(config, hashed, encoder, log, workers)
+    chosen = _choose_tokenizer(config, sources, hashed, given, log)
+    _check_vocabulary(chosen.tokenizer, config, given, log)
+    found = _tokens_of_files(config, hashed, chosen.encoder, log, workers)
     _check_rows(found, config.data.max_bad_rows, log)
-    return corpus.build(config, sources, hashed, found, chosen, encoder)
+    return corpus.build(config, sources, hashed, found, chosen)
 
 
 def _hash(sources: list[Source], hashes: Hashes, log: Log) -> dict[Path, HashedFile]:
@@ -122,17 +121,18 @@ def _reader(config: Config, path: Path, hashed: dict[Path, HashedFile]) -> Reade
 def _choose_tokenizer(
     config: Config, sources: list[Source], hashed: dict[Path, HashedFile],
     given: TokenizerFiles | None, log: Log,
-) -> tuple[Tokenizer, int]:  # fmt: skip
-    """The tokenizer that was given or that the configuration asks for; its end-of-text token."""
+) -> Chosen:  # fmt: skip
+    """The tokenizer that was given or that the configuration asks for."""
     if given is None and config.tokenizer.source in ("gpt2", "train"):
         if config.tokenizer.source == "gpt2":
             chosen = tokenizer.fetch_gpt2(Path(config.data.cache_dir))
         else:
             chosen = _learned_tokenizer(config, sources, hashed, log)
-        return chosen, tokenizer.end_token(chosen)
+        return Chosen(chosen, tokenizer.end_token(chosen), {})
     found = given or tokenizer.read(config.tokenizer.source, Path(config.data.cache_dir))
     chosen = tokenizer.parse(found.content, found.where, log)
-    return chosen, tokenizer.end_token(chosen, found.eos_token, found.where)
+    end = tokenizer.end_token(chosen, found.eos_token, found.where)
+    return Chosen(chosen, end, found.config)
 
 
 def _learned_tokenizer(
@@ -163,14 +163,11 @@ def _check_vocabulary(
     chosen: Tokenizer, config: Config, given: TokenizerFiles | None, log: Log
 ) -> None:
     """The tokenizer must fit the embedding; a smaller one is worth a line."""
-    entries, rows, needed = chosen.get_vocab_size(), config.model.vocab_size, tokenizer.size(chosen)
-    if needed > rows:
+    entries, rows = chosen.get_vocab_size(), config.model.vocab_size
+    if given:
+        tokenizer.require_rows(chosen, rows, given.where)
+    elif (needed := tokenizer.size(chosen)) > rows:
         gaps = "" if needed == entries else f", the highest id is {needed - 1:,}"
-        if given:
-            raise InputError(
-                f"{given.where}: has {entries:,} entries{gaps}, more than the {rows:,} rows of the "
-                "model's embedding: it is not this model's tokenizer"
-            )
         raise InputError(
             f"tokenizer.source {config.tokenizer.source}: has {entries:,} entries{gaps}, more than "
             f"model.vocab_size {rows:,}; set model.vocab_size={needed}"

@@ -1,11 +1,13 @@
 """Tokenizers: GPT-2's, one learned from the text, or any tokenizer.json, also of the Hub."""
 
 import contextlib
+import functools
 import json
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -16,6 +18,7 @@ from smollm.data.progress import Log
 from smollm.errors import NO_THREADS, InputError, ResourceError, UserError, is_threads_exhausted
 
 FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"  # which newer versions of transformers write beside them
 GPT2 = "tokenizer-gpt2"  # in the cache
 PAD = "<|pad|>"
 LONGEST_DOCUMENT = 8 * 1024 * 1024  # characters of a document that cannot be cut: tokenized whole
@@ -52,8 +55,20 @@ class TokenizerFiles(NamedTuple):
     """What a directory says of its tokenizer."""
 
     content: str  # of tokenizer.json
-    eos_token: str | None  # of tokenizer_config.json
+    config: dict[str, Any]  # tokenizer_config.json, with a chat template of its own file
     where: str  # for errors
+
+    @property
+    def eos_token(self) -> str | None:
+        """The end-of-text token that the configuration names."""
+        return special_token(self.config, "eos_token")
+
+
+def special_token(config: dict[str, Any], key: str) -> str | None:
+    """The text of a special token of a tokenizer_config.json, such as eos_token; None: none."""
+    token = config.get(key)
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
 
 
 def read_files(directory: Path, where: str | None = None) -> TokenizerFiles:
@@ -74,12 +89,12 @@ def read_files(directory: Path, where: str | None = None) -> TokenizerFiles:
     try:
         content, config = atomic.read_text(path), {}
         if (directory / CONFIG).is_file():
-            config = atomic.read_json(directory / CONFIG)
-        eos = config.get("eos_token")
-        eos = eos.get("content") if isinstance(eos, dict) else eos
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+            config = dict(atomic.read_json(directory / CONFIG))
+        if (directory / CHAT_TEMPLATE).is_file():
+            config.setdefault("chat_template", atomic.read_text(directory / CHAT_TEMPLATE))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{directory}: its {FILE} or {CONFIG} cannot be read: {error}") from error
-    return TokenizerFiles(content, eos if isinstance(eos, str) else None, where or str(path))
+    return TokenizerFiles(content, config, where or str(path))
 
 
 def parse(text: str, where: str, log: Log = lambda line: None) -> Tokenizer:
@@ -123,6 +138,8 @@ class Encoder:
     def __init__(self, content: str, end: int) -> None:
         self.content = content
         self.tokenizer = Tokenizer.from_str(content)
+        # An end-of-text token that is no special one would be found in texts.
+        self.tokenizer.add_special_tokens([self.tokenizer.id_to_token(end)])
         self.tokenizer.encode_special_tokens = True
         self.dtype = np.dtype(np.uint16 if size(self.tokenizer) <= 2**16 else np.uint32)
         self.end = end
@@ -139,6 +156,20 @@ class Encoder:
         with errors_named("the tokenizer"):
             encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
             return [np.asarray(encoding.ids, self.dtype) for encoding in encodings]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The tokenizer of a run."""
+
+    tokenizer: Tokenizer
+    end: int  # the id of the end-of-text token
+    config: dict[str, Any]  # tokenizer_config.json of one that another tool made; else empty
+
+    @functools.cached_property
+    def encoder(self) -> Encoder:
+        """It, for documents."""
+        return Encoder(self.tokenizer.to_str(), self.end)
 
 
 def longest_piece(tokenizer: Tokenizer) -> int | None:
@@ -198,10 +229,31 @@ def end_token(
     )
 
 
-def pad_token(tokenizer: Tokenizer, end: int) -> int:
-    """The id of the padding token: `<|pad|>`, or end-of-text where a tokenizer has none."""
-    pad = tokenizer.token_to_id(PAD)
-    return end if pad is None else pad
+def special_ids(tokenizer: Tokenizer, end: int, config: dict[str, Any]) -> dict[str, int]:
+    """The ids of bos_token, eos_token and pad_token; end-of-text serves where there is none.
+
+    Args:
+        end: the id of the end-of-text token.
+        config: tokenizer_config.json of a tokenizer that another tool made; else empty.
+    """
+    bos, pad = (special_token(config, key) for key in ("bos_token", "pad_token"))
+    ids = {
+        "bos_token": tokenizer.token_to_id(bos) if bos else None,
+        "eos_token": end,
+        "pad_token": tokenizer.token_to_id(pad or PAD),
+    }
+    return {key: end if number is None else number for key, number in ids.items()}
+
+
+def require_rows(tokenizer: Tokenizer, rows: int, where: str) -> None:
+    """Raise InputError where a model's own tokenizer has more entries than its embedding."""
+    if (needed := size(tokenizer)) > rows:
+        entries = tokenizer.get_vocab_size()
+        gaps = "" if needed == entries else f", the highest id is {needed - 1:,}"
+        raise InputError(
+            f"{where}: has {entries:,} entries{gaps}, more than the {rows:,} rows of the model's "
+            "embedding: it is not this model's tokenizer"
+        )
 
 
 def fetch_gpt2(cache: Path) -> Tokenizer:
@@ -237,7 +289,7 @@ def publish(text: str, directory: Path, config: str | None = None) -> None:
 
 
 def read(source: str, cache: Path) -> TokenizerFiles:
-    """The tokenizer of `tokenizer.source`: the path of a tokenizer.json, or the Hub's.
+    """The tokenizer of `tokenizer.source`: a tokenizer.json's path, its directory, or the Hub's.
 
     Args:
         cache: keeps what was fetched from the Hub.
@@ -245,9 +297,11 @@ def read(source: str, cache: Path) -> TokenizerFiles:
     Raises:
         InputError: it cannot be read or fetched.
     """
-    if hub.is_id(source):
-        return _fetched(source, cache)
+    if repository := hub.repository(source):
+        return _fetched(repository, cache)
     path = Path(source)
+    if path.is_dir():
+        return read_files(path, f"tokenizer.source {source}")
     try:
         content = atomic.read_text(path)
     except (OSError, UnicodeDecodeError) as error:
@@ -256,9 +310,8 @@ def read(source: str, cache: Path) -> TokenizerFiles:
             f"tokenizer.source {source}: {reason}; give gpt2, train, the path of a tokenizer.json "
             "or the id of a repository of the Hub (owner/name)"
         ) from error
-    config = path.with_name(CONFIG)
-    eos = read_files(path.parent).eos_token if path.name == FILE and config.is_file() else None
-    return TokenizerFiles(content, eos, source)
+    config = read_files(path.parent).config if path.name == FILE else {}
+    return TokenizerFiles(content, config, source)
 
 
 def _fetched(repository: str, cache: Path) -> TokenizerFiles:
@@ -266,10 +319,9 @@ def _fetched(repository: str, cache: Path) -> TokenizerFiles:
     directory = cache / f"hub-{repository.replace('/', '--')}"
     if atomic.problem(directory, (FILE,)):
         try:
-            fetched = hub.fetch(repository, (FILE, CONFIG))
+            fetched = hub.fetch(repository, (FILE, CONFIG, CHAT_TEMPLATE))
         except InputError as error:
             raise InputError(f"tokenizer.source {error}") from error
         found = read_files(fetched, f"tokenizer.source {repository}")
-        config = json.dumps({"eos_token": found.eos_token})
-        publish(found.content, directory, config)
+        publish(found.content, directory, json.dumps(found.config))
     return read_files(directory, f"tokenizer.source {repository}")

@@ -62,10 +62,12 @@ def _loss(train: list[Event], evaluations: list[Event]) -> Figure:
 
 
 def _bits_per_nat(evaluations: list[Event]) -> float | None:
-    """What the validation loss is multiplied with for bits per byte: one number for a text."""
-    last = evaluations[-1] if evaluations else {}
-    bits = last.get("val_bits_per_byte")
-    return bits / last["val_loss"] if bits and last["val_loss"] else None
+    """What the validation loss is multiplied with for bits per byte; None where that is not one
+    number, because the text was changed on the way."""
+    pairs = [(e.get("val_bits_per_byte"), e["val_loss"]) for e in evaluations]
+    ratios = [bits / loss if bits and loss else 0.0 for bits, loss in pairs]
+    one = ratios and min(ratios) > 0.999 * max(ratios)
+    return ratios[-1] if one and ratios[-1] else None
 
 
 def _learning_rate(train: list[Event]) -> Figure:

@@ -70,10 +70,11 @@ def evaluate(
     """The mean loss over batches of token ids; collective.
 
     Args:
-        model: the model itself, not its DDP wrapper; left in training mode.
+        model: the model itself, not its DDP wrapper.
         batches: input_ids and labels of this process, each (B, T); as many on every process.
         interrupted: whether to give up before the next batch; the result is None then.
     """
+    was_training = model.training
     model.eval()
     total, count = 0.0, 0
     for input_ids, labels in batches:
@@ -82,7 +83,7 @@ def evaluate(
         inputs, targets = (hardware.to_device(array, device) for array in (input_ids, labels))
         total += model(inputs, targets, reduction="sum").item()
         count += int((labels != IGNORE_INDEX).sum())
-    model.train()
+    model.train(was_training)
     distributed.reshard(model)
     if interrupted():
         return None

@@ -28,7 +28,7 @@ from smollm.config import Config, to_dict
 from smollm.data.batches import TokenDataset
 from smollm.data.corpus import Corpus
 from smollm.data.shards import Tokens, text_bytes
-from smollm.data.tokenizer import pad_token
+from smollm.data.tokenizer import special_ids
 from smollm.errors import DivergedError
 from smollm.hardware import Hardware
 from smollm.randomness import derive_seed
@@ -352,12 +352,13 @@ class Run:
     def _documents(self) -> dict[str, Any]:
         """The files that make a checkpoint a Hugging Face model directory, and its model card."""
         tokenizer, progress = self.corpus.tokenizer, self.progress
-        end = self.corpus.end
-        pad = pad_token(tokenizer, end)
-        config = huggingface.config_json(self.config.model, end, pad)
+        ids = special_ids(tokenizer, self.corpus.end, self.corpus.tokenizer_config)
+        config = huggingface.config_json(self.config.model, ids)
         count = count_parameters(self.config.model)
         card = huggingface.model_card(dataclasses.asdict(progress), count.total)
-        documents = huggingface.model_documents(config, self.config.generation, tokenizer)
+        documents = huggingface.model_documents(
+            config, self.config.generation, tokenizer, self.corpus.tokenizer_config
+        )
         return {**documents, store.MODEL_CARD: card}
 
     @property

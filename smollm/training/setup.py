@@ -24,6 +24,7 @@ from smollm.errors import (
     UserError,
     first_line,
     is_memory_full,
+    printable,
 )
 from smollm.hardware import Hardware
 from smollm.tracking import wandb_run
@@ -162,7 +163,8 @@ def _require_agreement(job: Job, corpus: Corpus) -> None:
     for path in ("data.input_files", "data.validation_file"):  # each machine may have its own
         del flat[path]
     if job.init_from:
-        flat["the weights"] = [path.stat().st_size for path in job.init_from.files]
+        several = ranks.world_size() > 1  # whose files may differ
+        flat["the weights"] = [atomic.sha256(path) for path in job.init_from.files if several]
     distributed.require_agreement({"the code": code_version(), **flat}, ConfigError)
     distributed.require_agreement(corpus.fingerprint, InputError)
 
@@ -320,10 +322,10 @@ def _weights(run: Run) -> Iterator[tuple[str, str]]:
     """Rows that say where the weights came from, if the run did not draw them."""
     found = run.job.init_from
     if found is None and run.progress.init_from:
-        yield ("weights", f"the run began with those of {run.progress.init_from}")
+        yield ("weights", f"the run began with those of {printable(run.progress.init_from)}")
     if found is not None:
         files = "1 file" if len(found.files) == 1 else f"{len(found.files)} files"
-        yield ("weights", f"{found.source} ({found.model.architecture}, {files})")
+        yield ("weights", f"{printable(found.source)} ({found.model.architecture}, {files})")
         if found.dropouts:
             used = f"model.dropout {run.config.model.dropout} is used here"
             yield ("", f"its config.json has {found.dropouts}; {used}")

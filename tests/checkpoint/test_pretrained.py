@@ -17,10 +17,11 @@ import pytest
 import torch
 from data_helpers import held_out, prepare, tokens_of
 from helpers import ROOT, call, digest, events, step_directory, train, write_tiny
-from pretrained_helpers import STOP, loss_of, write_model
+from pretrained_helpers import STOP, TEMPLATE, loss_of, write_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 
+from smollm import hub as hub_of
 from smollm.checkpoint import huggingface as hf
 from smollm.checkpoint import pretrained
 from smollm.config_reader import load, model_config
@@ -34,7 +35,9 @@ def corpus_of(directory: Path, model: Path) -> Corpus:
     """The text of a tiny run, by the tokenizer of a model's directory."""
     found = pretrained.find(str(model))
     config = load(
-        directory / "tiny.yaml", [f"data.cache_dir={directory / 'cache'}"], fixed=found.fixed()
+        directory / "tiny.yaml",
+        [f"data.cache_dir={directory / 'cache'}"],
+        fixed=found.fixed("the model"),
     )
     return prepare(config, directory / "text.txt", given=found.tokenizer())
 
@@ -82,6 +85,8 @@ def test_a_run_starts_with_the_weights_of_another_tool(started: Path) -> None:
 def test_its_tokenizer_is_used_as_it_is(started: Path) -> None:
     """End-of-text as tokenizer_config.json names it; no pad token is added, end-of-text serves."""
     newest = step_directory(started, 4)
+    saved = json.loads((newest / "tokenizer_config.json").read_text("utf-8"))
+    assert (saved["bos_token"], saved["chat_template"]) == ("zq", TEMPLATE)
     ours, theirs = (
         json.loads((path / "tokenizer.json").read_text("utf-8"))
         for path in (newest, started / "foreign")
@@ -92,6 +97,7 @@ def test_its_tokenizer_is_used_as_it_is(started: Path) -> None:
     assert tokenizer.eos_token == tokenizer.pad_token == STOP
     config = json.loads((newest / "config.json").read_text())
     assert config["eos_token_id"] == config["pad_token_id"] == tokenizer.eos_token_id
+    assert config["bos_token_id"] == tokenizer.convert_tokens_to_ids("zq")
     tokens = tokens_of(corpus_of(started, started / "foreign"))
     assert tokens.count(tokenizer.eos_token_id) == 11  # of 12 documents; the last one is cut
 
@@ -110,7 +116,9 @@ def test_it_goes_on_by_its_checkpoint(started: Path, tmp_path: Path) -> None:
     words = ["--start_step", "6", "--train_steps", "1", FP32]
     result = train(copy, *words, script="continue_training.py")
     assert result.returncode == 0, result.stdout
-    assert step_directory(copy, 7).is_dir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):  # as at the start
+        content = (step_directory(copy, 7) / name).read_text("utf-8")
+        assert content == (step_directory(copy, 4) / name).read_text("utf-8"), name
     for path in ("foreign", "run/checkpoints/latest"):
         words = [sys.executable, str(ROOT / "generate.py"), "--checkpoint", path, "--seed", "1"]
         shown = call(copy, words)
@@ -159,6 +167,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint(tmp_path: Path) -> No
         (["--init_from", "nowhere"], 3, "nowhere: there is no such"),
         (["--init_from", "text.txt"], 3, "text.txt: is not a checkpoint directory"),
         (["--init_from", ""], 2, "got an empty path"),
+        (["--save_dir", "foreign"], 2, "holds the weights to start with; name another"),
     ],
 )  # fmt: skip
 def test_bad_words_are_refused(
@@ -256,7 +265,7 @@ DAMAGE = {
     "pickle": (pickled, "pytorch_model.bin, a pickle, which can execute anything"),
     "no weights": (lambda d: [p.unlink() for p in d.glob("model*")], "holds no weights"),
     "no shard": (lambda d: shard(d).unlink(), "safetensors is missing, of 5 files"),
-    "torn": (lambda d: shard(d).write_bytes(b"\x08"), ".safetensors: cannot be read"),
+    "torn": (lambda d: shard(d).write_bytes(b"\x08"), ".safetensors cannot be read"),
     "outside": (change("model.safetensors.index.json", weight_map={"a": "../a.safetensors"}),
                 "names ['../a.safetensors']"),
     "no map": (change("model.safetensors.index.json", weight_map=...), "is malformed"),
@@ -306,15 +315,14 @@ def test_what_cannot_be_used_is_named(model: Path, tmp_path: Path, name: str) ->
 def test_train_refuses_it_before_anything_is_written(
     model: Path, tmp_path: Path, name: str
 ) -> None:
-    """Exit 3, and no checkpoint, no metrics, no tokens."""
+    """Exit 3; not even a lock or an empty log file."""
     damage, hint = DAMAGE[name]
     damage(Path(shutil.copytree(model, tmp_path / "copy")))
     write_tiny(tmp_path)
     result = train(tmp_path, "--init_from", "copy")
     assert result.returncode == 3 and "Traceback" not in result.stdout, result.stdout
     assert hint in result.stdout
-    kept = {path.name for path in tmp_path.glob("run/*/*") if path.stat().st_size}
-    assert kept <= {".lock"} and not list(tmp_path.glob("cache/tokens-*"))
+    assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
 
 
 def test_weights_that_are_none_are_left_out(model: Path, tmp_path: Path) -> None:
@@ -335,6 +343,28 @@ def test_weights_that_are_none_are_left_out(model: Path, tmp_path: Path) -> None
     config(tie_word_embeddings=True)(copy)
     weights = pretrained.read_weights(pretrained.find(str(copy)))
     assert weights.keys() == expected.keys() - {"lm_head.weight"}
+
+
+def test_directories_as_other_tools_leave_them(model: Path, tmp_path: Path) -> None:
+    """A trainer_state.json of Hugging Face's Trainer or a foreign manifest.json make no checkpoint
+    of ours. One file wins over an index that was left, as for transformers; tied weights may be
+    saved as the head alone."""
+    copy = Path(shutil.copytree(model, tmp_path / "copy"))
+    (copy / "trainer_state.json").write_text('{"global_step": 5, "log_history": []}')
+    (copy / "manifest.json").write_text('{"files": ["model-00001-of-00005.safetensors"]}')
+    opened(copy, tmp_path)
+    found = pretrained.find(str(copy))
+    assert found.trainer_state() is None and len(found.files) == 5
+    weights = pretrained.read_weights(found)
+    config(tie_word_embeddings=True)(copy)
+    weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    for path in copy.glob("model-*"):
+        path.unlink()
+    found = pretrained.find(str(copy))
+    assert [path.name for path in found.files] == ["model.safetensors"]
+    tied = pretrained.read_weights(found)["model.embed_tokens.weight"]
+    assert torch.equal(tied, weights["lm_head.weight"])
 
 
 @pytest.mark.parametrize("family", ["llama", "starcoder2"])
@@ -408,10 +438,14 @@ def test_a_model_of_the_hub(model: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with hub({"some-owner/some.model": remote}) as (address, asked):
         there = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "empty"), "NO_PROXY": "*"}
+        wrong = train(tmp_path, *words, "training.batch_size=0", **there)
+        assert wrong.returncode == 2 and set(asked) == {"config.json"}, wrong.stdout
+        asked.clear()
+        words[1] = "hf://some-owner/some.model"  # the same, and never a path
         result = train(tmp_path, *words, **there)
         assert result.returncode == 0, result.stdout
         assert "weights        some-owner/some.model (llama, 5 files)" in result.stdout
-        wanted = {path.name for path in model.iterdir()}
+        wanted = {path.name for path in model.iterdir()} - {"config.json"}
         assert set(asked) == wanted and "pytorch_model.bin" not in asked
         words[1] = "some-owner/other"
         missing = train(tmp_path, *words, **there)
@@ -428,14 +462,39 @@ def test_a_model_of_the_hub(model: Path, tmp_path: Path) -> None:
     assert gone.returncode == 3 and "no network?" in gone.stdout, gone.stdout
 
 
-def test_any_repository_that_was_fetched_serves_without_a_network(
-    model: Path, tmp_path: Path
-) -> None:
-    """The library's own cache, as another program left it."""
-    cache = tmp_path / "hub/models--owner--name"
-    (cache / "refs").mkdir(parents=True)
-    (cache / "refs/main").write_text("0" * 40)
-    shutil.copytree(model, cache / "snapshots" / ("0" * 40))
-    words = [sys.executable, str(ROOT / "generate.py"), "--checkpoint", "owner/name", "--json"]
-    result = call(tmp_path, words, HF_HUB_OFFLINE="1", HF_HUB_CACHE=f"{tmp_path}/hub")
-    assert result.returncode == 0 and json.loads(result.stdout.splitlines()[0]), result.stdout
+def test_what_was_fetched_serves_without_a_network(model: Path, tmp_path: Path) -> None:
+    """The library's own cache, as another program left it; what lacks there is named by its id."""
+    for name in ("whole", "pickle", "part"):
+        cache = tmp_path / f"hub/models--owner--{name}"
+        (cache / "refs").mkdir(parents=True)
+        (cache / "refs/main").write_text("0" * 40)
+        snapshot = Path(shutil.copytree(model, cache / "snapshots" / ("0" * 40)))
+        gone = {"whole": "nothing", "pickle": "model*", "part": "*"}[name]
+        for path in snapshot.glob(gone):
+            path.unlink()
+    there = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": f"{tmp_path}/hub"}
+    for name, hint in (
+        ("whole", ""),
+        ("pickle", "owner/pickle: holds no weights (model.safetensors or model.safetensors.index"),
+        ("part", "owner/part: is not a model's repository, or was fetched in part only"),
+    ):
+        words = [sys.executable, str(ROOT / "generate.py"), "--checkpoint", f"owner/{name}"]
+        result = call(tmp_path, [*words, "--json"], **there)
+        assert result.returncode == (3 if hint else 0) and hint in result.stdout, result.stdout
+        assert ("perhaps it has its weights in .bin files, pickles" in result.stdout) == (
+            name == "pickle"
+        )
+        assert hint or json.loads(result.stdout.splitlines()[0])
+
+
+def test_what_is_an_id_and_what_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A misspelt path is not looked for in the network."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    ids = ("HuggingFaceTB/SmolLM2-135M", "a/b.c_d", "hf://checkpoints/model", "hf://a/latest")
+    paths = (
+        "checkpoints/lastest", "somewhere/latest", "a/best", "b/step_005000", "./a/b", "../a/b",
+        "a", "a/b/c", "/a/b", "~/a", "a/", "", "a/b c", "a/../b", ".hidden/a", "hf://a", "hf://a/b/c",
+    )  # fmt: skip
+    assert [hub_of.repository(word) for word in ids] == [w.removeprefix("hf://") for w in ids]
+    assert [word for word in paths if hub_of.repository(word)] == []

@@ -20,11 +20,14 @@ import numpy as np
 import pytest
 from data_helpers import BODY, held_out, prepare, start_prepare, tokens_of, write
 from helpers import ROOT, call, command, environment, train, write_tiny
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from smollm import atomic
 from smollm.data import documents, learning, shards, token_cache
+from smollm.data.corpus import Corpus
 from smollm.data.documents import SEPARATOR
 from smollm.data.shards import Tokens
+from smollm.data.tokenizer import TokenizerFiles
 from smollm.errors import InputError, ResourceError
 
 SHARD = 30_000  # characters, for texts of a few hundred thousand
@@ -450,6 +453,12 @@ def sorted_shards(corpus) -> list[Path]:
     return list(dict.fromkeys(paths))
 
 
+def all_tokens(corpus: Corpus) -> Tokens:
+    """Every token of a corpus, the training parts first."""
+    parts = [each for part in corpus.parts for each in (part.train, part.validation)]
+    return Tokens(part for each in parts for part in each.parts)
+
+
 def test_the_bytes_of_any_stretch_of_tokens(tmp_path, settings, monkeypatch):
     """By the index, and by decoding where a stretch begins or ends within a piece: as many bytes as
     the tokens stand for, separators left out, over shards and documents of every size."""
@@ -460,8 +469,7 @@ def test_the_bytes_of_any_stretch_of_tokens(tmp_path, settings, monkeypatch):
     texts = [" ".join(drawn.choices(words, k=drawn.randrange(1, 90))) for _ in range(12)]
     path = write(tmp_path, f"\n{SEPARATOR}\n".join(texts))
     corpus = prepare(settings(), path)
-    made = Tokens(part for each in corpus.parts for part in [*each.train.parts,
-                                                             *each.validation.parts])  # fmt: skip
+    made = all_tokens(corpus)
     ids, end = made[:].tolist(), corpus.end
     assert shards.text_bytes(made, corpus.tokenizer) == corpus.text_bytes
 
@@ -475,7 +483,34 @@ def test_the_bytes_of_any_stretch_of_tokens(tmp_path, settings, monkeypatch):
         found = shards.text_bytes(made.part(first, last), corpus.tokenizer)
         # A character that is cut counts where it ends: up to 3 bytes on either side.
         assert abs(found - plain(first, last)) <= 3, (first, last)
+    assert len(made.parts) > 3
     cuts = [n for n in range(1, len(ids)) if "\u0120" in corpus.tokenizer.id_to_token(ids[n])]
     for first, last in zip(cuts, cuts[7:], strict=False):
         found = shards.text_bytes(made.part(first, last), corpus.tokenizer)
         assert found == plain(first, last), (first, last)
+
+
+def test_the_bytes_of_tokens_that_do_not_decode_to_their_text(tmp_path, settings):
+    """Unknown characters and normalizers: the index has the bytes of a piece, the decoded text the
+    share before a cut."""
+    text = "Les \u00e9t\u00e9s \U0001f600 \u65e5\u672c\u8a9e sont l\u00e0.\n" * 300
+    for normalizer in (
+        None,
+        normalizers.Sequence([normalizers.NFKD(), normalizers.StripAccents()]),
+    ):
+        tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+        tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizers.Metaspace()
+        tokenizer.decoder = decoders.Metaspace()
+        trainer = trainers.BpeTrainer(vocab_size=60, special_tokens=["<unk>", "</s>"],
+                                      limit_alphabet=20)  # fmt: skip
+        tokenizer.train_from_iterator([text.replace("\U0001f600", "")], trainer)
+        given = TokenizerFiles(tokenizer.to_str(), {}, "here")
+        corpus = prepare(settings(vocab_size=60), write(tmp_path, text), given=given)
+        made = all_tokens(corpus)
+        size = len(text.encode())
+        assert shards.text_bytes(made, corpus.tokenizer) == size
+        for count in (len(made) // 3, len(made) // 2):
+            found = shards.text_bytes(made.part(0, count), corpus.tokenizer)
+            assert found == pytest.approx(size * count / len(made), rel=0.02)  # it repeats itself
+            rest = shards.text_bytes(made.part(count, len(made)), corpus.tokenizer)
+            assert found + rest == size

@@ -70,7 +70,7 @@ def test_a_checkpoints_tokenizer_wins(tmp_path, settings, small_tokenizer):
     """prepare(given=...) uses that one, whatever tokenizer.source says."""
     path = write(tmp_path, BODY)
     text = small_tokenizer.read_text("utf-8")
-    given = TokenizerFiles(text, None, "the checkpoint's tokenizer.json")
+    given = TokenizerFiles(text, {}, "the checkpoint's tokenizer.json")
     corpus = prepare(settings("/nowhere.json"), path, given=given)
     assert tokens_of(corpus) == tokens_of(prepare(settings(), path))
 
@@ -79,7 +79,7 @@ def test_a_checkpoints_tokenizer_wins(tmp_path, settings, small_tokenizer):
     ("content", "hint"),
     [
         (None, "No such file"),
-        ("directory", "is not a regular file"),
+        ("directory", "has no tokenizer.json"),
         (b"noise", "is not a tokenizer.json"),
         (b"{}", "is not a tokenizer.json"),
         (b"\xff\xfe", "is not UTF-8"),
@@ -287,6 +287,20 @@ def test_a_continuation_keeps_its_first_space(kind):
     for at in range(1, len(ids)):
         before = tokenizer.decode(ids[:at], skip_special_tokens=True)
         assert before + generation._continuation(tokenizer, ids[:at], ids[at:]) == whole
+
+
+def test_an_end_that_is_no_special_token_ends_no_text(tmp_path, settings):
+    """An eos_token that the tokenizer's author did not mark: a text that holds it is mere text."""
+    tokenizer = Tokenizer.from_str(learn([BODY], 300).to_str())
+    content = json.loads(tokenizer.to_str())
+    for token in content["added_tokens"]:
+        token.update(special=False)
+    content = json.dumps(content).replace(SEPARATOR, "[END]")
+    given = TokenizerFiles(content, {"eos_token": "[END]"}, "here")
+    path = write(tmp_path, f"a[END]b\n{SEPARATOR}\n{BODY}")
+    corpus = prepare(settings(vocab_size=300), path, given=given)
+    end = Tokenizer.from_str(content).token_to_id("[END]")
+    assert corpus.end == end and tokens_of(corpus).count(end) == 1
 
 
 def test_ids_with_gaps_need_rows_up_to_the_highest(tmp_path, settings):
