@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 MOST_LOGITS = 2**28  # of one forward pass: a machine may have less memory than the one that trained
 LARGEST = 2**40  # of data.validation_tokens
-OVERRIDES = ("data.", "training.device", "training.precision")
+OVERRIDES = ("data.*", "training.device", "training.precision")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,12 +56,11 @@ def configuration(found: Pretrained, overrides: list[str], sources: list[str]) -
 
     Of texts that are named, all is evaluated unless data.validation_tokens says otherwise.
     """
-    if other := [word for word in overrides if not word.startswith(OVERRIDES)]:
+    words = ", ".join(OVERRIDES)
+    known = tuple(key.rstrip("*") for key in OVERRIDES)
+    if other := [word for word in overrides if not word.startswith(known)]:
         raise ConfigError(
-            *(
-                f"command line: {word}: only {', '.join(OVERRIDES)} can be set here"
-                for word in other
-            )
+            *(f"command line: {word}: only {words} can be set here" for word in other)
         )
     longest = found.model.max_position_embeddings
     if state := found.trainer_state():

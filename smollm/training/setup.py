@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from model import CausalLM, count_parameters, initialize
+from model import CausalLM, initialize
 from smollm import atomic, distributed, generation, hardware, randomness, ranks
 from smollm.checkpoint import pretrained, resume, state, store
 from smollm.checkpoint.writer import Writer
@@ -24,23 +24,16 @@ from smollm.errors import (
     UserError,
     first_line,
     is_memory_full,
-    printable,
 )
 from smollm.hardware import Hardware
 from smollm.tracking import wandb_run
 from smollm.tracking.tracker import Tracker, code_files, start_logging
+from smollm.training import table
 from smollm.training.job import Job
-from smollm.training.memory import expected_memory, fit_memory
-from smollm.training.optimizer import (
-    build_optimizer,
-    describe_optimizer,
-    micro_batch_size,
-    rate_warnings,
-)
+from smollm.training.memory import fit_memory
+from smollm.training.optimizer import build_optimizer, micro_batch_size, rate_warnings
 from smollm.training.run import Progress, Run, Stopwatch, model_files
 from smollm.training.step import TrainStep
-
-MEMORISED_EPOCHS = 16  # repeating a text more often than this adds little (arXiv 2305.16264)
 
 
 @contextlib.contextmanager
@@ -152,7 +145,7 @@ def set_up(
         log(line)
     before = saved.config.training if saved else None
     first = progress.step + 1
-    for line in [*describe(run), *rate_warnings(config.training, before, first, job.last)]:
+    for line in [*table.describe(run), *rate_warnings(config.training, before, first, job.last)]:
         log(line)
     return run
 
@@ -272,83 +265,6 @@ def _progress_of(
     if not resume.is_of(job.save_dir, job.resume_from):
         run_id, parent = wandb_run.read_id(job.save_dir), f"{run_id}, {job.resume_from}"
     return progress, distributed.from_main(run_id or wandb_run.new_id()), parent
-
-
-def describe(run: Run) -> list[str]:
-    """What will happen, for people."""
-    job, config, dataset = run.job, run.config, run.dataset
-    micro_batch, world = run.train_step.micro_batch, ranks.world_size()
-    accumulation = config.sequences_per_step // (micro_batch * world)
-    processes = f" x {world} processes" if world > 1 else ""
-    start = f"fresh, seed {config.training.seed}"
-    if job.resume_from:
-        start = f"resumed from {job.resume_from}"
-    elif job.init_from:
-        start = f"a fresh optimizer, seed {config.training.seed}"
-    count = count_parameters(config.model)
-    first, epochs = run.progress.step + 1, dataset.epoch(job.last)
-    size = state.checkpoint_bytes(run.model, run.train_step.optimizer)
-    rows = [
-        ("phase", f"{job.phase}: steps {run.progress.step:,} -> {job.last:,} ({start})"),
-        ("device", f"{hardware.name(run.hardware.device)}{processes}, torch {torch.__version__}"),
-        ("precision", _precision(run)),
-        ("attention", run.hardware.attention.reason),
-        *([("compile", f"no: {why}")] if (why := run.hardware.compile_reason) else []),
-        *_weights(run),
-        ("parameters", f"{count.total:,} ({count.matrices:,} in matrices)"),
-        *([("memory", expected_memory(run))] if run.hardware.device.type == "cuda" else []),
-        *run.corpus.rows(),
-        *_evaluated(run),
-        (
-            "batch",
-            f"{micro_batch} sequences x {accumulation} accumulation{processes} x "
-            f"{config.data.sequence_length:,} tokens = {config.tokens_per_step:,} tokens per step",
-        ),
-        ("epochs", f"{epochs:,.1f} over {len(dataset.tokens):,} tokens"),
-        ("optimizer", describe_optimizer(config.training, first, job.last)),
-        ("checkpoints", f"{job.save_dir}, {size / 1e6:,.0f} MB each"),
-    ]
-    lines = [f"{name:<14} {value}" for name, value in rows]
-    if epochs > MEMORISED_EPOCHS:
-        lines.append(
-            f"warning: {epochs:,.0f} epochs over this text: the model will memorize it "
-            f"(beyond about {MEMORISED_EPOCHS} repeats add little); use a longer text or fewer "
-            "steps for a model that generalises"
-        )
-    return lines
-
-
-def _weights(run: Run) -> Iterator[tuple[str, str]]:
-    """Rows that say where the weights came from, if the run did not draw them."""
-    found = run.job.init_from
-    if found is None and run.progress.init_from:
-        yield ("weights", f"the run began with those of {printable(run.progress.init_from)}")
-    if found is not None:
-        files = "1 file" if len(found.files) == 1 else f"{len(found.files)} files"
-        yield ("weights", f"{printable(found.source)} ({found.model.architecture}, {files})")
-        if found.dropouts:
-            used = f"model.dropout {run.config.model.dropout} is used here"
-            yield ("", f"its config.json has {found.dropouts}; {used}")
-
-
-def _evaluated(run: Run) -> Iterator[tuple[str, str]]:
-    """A row that says so where not all held-out text is evaluated."""
-    held_out = run.corpus.tokens - len(run.corpus.train)
-    used = sum(len(tokens) for tokens in run.held_out.values())
-    if used < held_out:
-        yield (
-            "validation",
-            f"the same {used:,} of {held_out:,} held-out tokens each time (data.validation_tokens)",
-        )
-
-
-def _precision(run: Run) -> str:
-    """What is computed in, and why where that is not what a GPU is usually wanted for."""
-    machine = run.hardware
-    words = f"{str(machine.dtype).removeprefix('torch.')} compute, float32 weights"
-    if machine.device.type == "cuda" and not hardware.supports_bf16(machine.device):
-        words += f" ({hardware.name(machine.device)} has no bf16: slower, and twice the memory)"
-    return words
 
 
 def _machine_changes(machine: Hardware, saved: store.Checkpoint | None) -> Iterator[str]:

@@ -13,7 +13,7 @@ from helpers import tiny_job
 from smollm import fault_injection
 from smollm.config import Config
 from smollm.errors import ResourceError
-from smollm.training import memory, setup
+from smollm.training import memory, setup, table
 from smollm.training.memory import Setting, fit_memory
 from smollm.training.run import Run
 
@@ -137,12 +137,12 @@ def test_the_first_try_by_the_size_of_the_card(gib: int, itemsize: int, expected
 
 def test_the_table_says_what_will_happen(run: Run) -> None:
     """Device, attention and why, parameters, tokens per step, epochs; a warning for too many."""
-    text = "\n".join(setup.describe(run))
+    text = "\n".join(table.describe(run))
     for word in ("CPU", "there is no GPU", "99,840", "= 768 tokens per step", "AdamW", "seed 42"):
         assert word in text
     assert "warning" not in text
     longer = dataclasses.replace(run, job=dataclasses.replace(run.job, last=2000))
-    assert "memorize it" in "\n".join(setup.describe(longer))
+    assert "memorize it" in "\n".join(table.describe(longer))
 
 
 def test_steps_that_suddenly_take_three_times_as_long_are_said_once(
