@@ -7,6 +7,7 @@ output of its own, and it ends by its exit code or by a signal as any process do
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import multiprocessing
 import os
@@ -112,8 +113,8 @@ class Started:
         return self.child.exitcode
 
     def send_signal(self, number: signal.Signals) -> None:
-        """Send it a signal."""
-        if self.child.is_alive():
+        """Send it a signal, unless it has ended."""
+        with contextlib.suppress(ProcessLookupError):
             os.kill(self.child.pid, number)
 
     def terminate(self) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -194,6 +196,37 @@ def train(
 ) -> subprocess.CompletedProcess[str]:
     """Run train.py with the tiny configuration; see `call`."""
     return call(directory, command(script, *arguments, run=run), **extra)
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A directory that the first process of the suite to need it makes, for all; not to be changed.
+
+    Args:
+        name: no two directories have the same.
+    """
+    root = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # of all workers
+    directory, done = root / f"once-{name}", root / f"once-{name}.done"
+    with open(root / f"once-{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            shutil.rmtree(directory, ignore_errors=True)  # of a process that failed
+            make(directory)
+            done.touch()
+    return directory
+
+
+def finished_run(factory: pytest.TempPathFactory, *words: str) -> Path:
+    """A directory with an undisturbed tiny run of train.py with these words, not to be changed."""
+
+    def make(directory: Path) -> None:
+        write_tiny(directory)
+        result = train(directory, *words)
+        assert result.returncode == 0, result.stdout
+
+    name = hashlib.sha256(repr(words).encode()).hexdigest()[:16]
+    return made_once(factory, f"run-{name}", make)
 
 
 def events(directory: Path, kind: str | None = None, run: str = "run") -> list[dict]:

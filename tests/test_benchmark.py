@@ -34,14 +34,19 @@ def measured(tmp_path_factory):
     """Everything measured once: (directory, JSON, what was printed)."""
     pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
-    directory = tmp_path_factory.mktemp("benchmark")
-    helpers.write_tiny(directory)
-    done = call(
-        directory, "--steps", "3", "--text_mb", "1", "--peer", "transformers", "--json", "all.json",
-        "data.sequence_length=32",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout
-    return directory, json.loads((directory / "all.json").read_text("utf-8")), done.stdout
+
+    def make(directory: Path) -> None:
+        helpers.write_tiny(directory)
+        done = call(
+            directory, "--steps", "3", "--text_mb", "1", "--peer", "transformers", "--json",
+            "all.json", "data.sequence_length=32",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout
+        (directory / "printed").write_text(done.stdout, "utf-8")
+
+    directory = helpers.made_once(tmp_path_factory, "benchmark", make)
+    result, printed = ((directory / name).read_text("utf-8") for name in ("all.json", "printed"))
+    return directory, json.loads(result), printed
 
 
 def test_every_measurement_has_every_side(measured):

@@ -21,6 +21,7 @@ from helpers import (
     command,
     digest,
     environment,
+    finished_run,
     left_overs,
     losses,
     python_sources,
@@ -41,21 +42,13 @@ FORTY = ("--train_steps", "40", *LLAMA)  # the other runs here are Starcoder2's
 @pytest.fixture(scope="module")
 def forty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with an undisturbed run of 40 steps, of a Llama."""
-    directory = tmp_path_factory.mktemp("forty")
-    write_tiny(directory)
-    result = train(directory, *FORTY)
-    assert result.returncode == 0, result.stdout
-    return directory
+    return finished_run(tmp_path_factory, *FORTY)
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with an undisturbed run of 12 steps."""
-    directory = tmp_path_factory.mktemp("reference")
-    write_tiny(directory)
-    result = train(directory)
-    assert result.returncode == 0, result.stdout
-    return directory
+    return finished_run(tmp_path_factory)
 
 
 def assert_same_end(directory: Path, reference: Path, step: int = 12) -> None:

@@ -21,6 +21,7 @@ from helpers import (
     command,
     environment,
     events,
+    finished_run,
     losses,
     step_directory,
     train,
@@ -70,24 +71,16 @@ def torchrun(directory: Path, processes: int, *words: str, **extra: str):
     )
 
 
-def undisturbed(directory: Path, *words: str) -> Path:
-    """A directory with a run of 20 steps on one process."""
-    write_tiny(directory)
-    result = train(directory, "--train_steps", "20", *SETTINGS, *words)
-    assert result.returncode == 0, result.stdout
-    return directory
-
-
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a run of 20 steps on one process."""
-    return undisturbed(tmp_path_factory.mktemp("reference"))
+    return finished_run(tmp_path_factory, "--train_steps", "20", *SETTINGS)
 
 
 @pytest.fixture(scope="module")
 def references(reference: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Such a run of each family."""
-    llama = undisturbed(tmp_path_factory.mktemp("llama"), *LLAMA)
+    llama = finished_run(tmp_path_factory, "--train_steps", "20", *SETTINGS, *LLAMA)
     return {"starcoder2": reference, "llama": llama}
 
 

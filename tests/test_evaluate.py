@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_helpers import GPT2, needs_shared
-from helpers import ROOT, call, events, train, write_tiny
+from helpers import ROOT, call, events, made_once, train, write_tiny
 from pretrained_helpers import loss_of, write_model
 from tokenizers import Tokenizer
 
@@ -40,14 +40,16 @@ def result_of(directory: Path, *words: str) -> dict:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a run of a Llama on two texts, and a held-out text, `held.txt`."""
-    directory = tmp_path_factory.mktemp("run")
-    write_tiny(directory)
-    (directory / "held.txt").write_text(f"{HELD_OUT}{SEPARATOR}\n{HELD_OUT[:300]}", "utf-8")
-    (directory / "other.jsonl").write_text(json.dumps({"body": HELD_OUT * 9}) + "\n", "utf-8")
-    words = ["--input_file", "text.txt", "--input_file", "other.jsonl", "data.text_key=body"]
-    result = train(directory, *LLAMA, *words, "--train_steps", "6")
-    assert result.returncode == 0, result.stdout
-    return directory
+
+    def make(directory: Path) -> None:
+        write_tiny(directory)
+        (directory / "held.txt").write_text(f"{HELD_OUT}{SEPARATOR}\n{HELD_OUT[:300]}", "utf-8")
+        (directory / "other.jsonl").write_text(json.dumps({"body": HELD_OUT * 9}) + "\n", "utf-8")
+        words = ["--input_file", "text.txt", "--input_file", "other.jsonl", "data.text_key=body"]
+        result = train(directory, *LLAMA, *words, "--train_steps", "6")
+        assert result.returncode == 0, result.stdout
+
+    return made_once(tmp_path_factory, "evaluated", make)
 
 
 def test_it_is_what_the_run_said(run: Path) -> None:

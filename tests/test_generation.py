@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, SHAPES, call, reseal, small_model, train, write_tiny
+from helpers import ROOT, SHAPES, call, finished_run, reseal, small_model, train, write_tiny
 from safetensors.torch import load_file, save_file
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -104,10 +104,7 @@ def test_end_of_text_ends_a_row_only() -> None:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a finished tiny run."""
-    directory = tmp_path_factory.mktemp("run")
-    write_tiny(directory)
-    assert train(directory).returncode == 0
-    return directory
+    return finished_run(tmp_path_factory)
 
 
 def generate(run: Path, *words: str, **extra: str):

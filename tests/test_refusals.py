@@ -17,6 +17,7 @@ from helpers import (
     digest,
     environment,
     events,
+    finished_run,
     limit,
     losses,
     reseal,
@@ -31,10 +32,7 @@ from smollm import atomic
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a finished phase 1, checkpoints at each second step."""
-    directory = tmp_path_factory.mktemp("finished")
-    write_tiny(directory)
-    assert train(directory, "checkpoint.keep_last=9").returncode == 0
-    return directory
+    return finished_run(tmp_path_factory, "checkpoint.keep_last=9")
 
 
 @pytest.fixture

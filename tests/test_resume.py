@@ -14,6 +14,7 @@ from helpers import (
     call,
     digest,
     events,
+    finished_run,
     losses,
     reseal,
     step_directory,
@@ -28,11 +29,7 @@ KEEP_ALL = "checkpoint.keep_last=99"
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with an undisturbed run of 12 steps, saved at every step."""
-    directory = tmp_path_factory.mktemp("reference")
-    write_tiny(directory)
-    result = train(directory, "training.save_steps=1", KEEP_ALL)
-    assert result.returncode == 0, result.stdout
-    return directory
+    return finished_run(tmp_path_factory, "training.save_steps=1", KEEP_ALL)
 
 
 def _copy_of(reference: Path, tmp_path: Path, step: int) -> None:
@@ -46,11 +43,8 @@ def _copy_of(reference: Path, tmp_path: Path, step: int) -> None:
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same of a Llama with dropout."""
-    directory = tmp_path_factory.mktemp("llama")
-    write_tiny(directory)
-    result = train(directory, "training.save_steps=1", KEEP_ALL, *LLAMA, "model.dropout=0.1")
-    assert result.returncode == 0, result.stdout
-    return directory
+    words = ("training.save_steps=1", KEEP_ALL, *LLAMA, "model.dropout=0.1")
+    return finished_run(tmp_path_factory, *words)
 
 
 @pytest.mark.parametrize("step", [*range(1, 12), "llama, 4", "llama, 9"])

@@ -22,6 +22,7 @@ from helpers import (
     environment,
     left_overs,
     losses,
+    made_once,
     step_directory,
     train,
     train_sh,
@@ -49,11 +50,13 @@ PHASES = {
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with an undisturbed run of 12 steps, and phase 2's 4."""
-    directory = tmp_path_factory.mktemp("reference")
-    write_tiny(directory)
-    assert train(directory, *SETTINGS).returncode == 0
-    assert train(directory, *SETTINGS, script="continue_training.py").returncode == 0
-    return directory
+
+    def make(directory: Path) -> None:
+        write_tiny(directory)
+        assert train(directory, *SETTINGS).returncode == 0
+        assert train(directory, *SETTINGS, script="continue_training.py").returncode == 0
+
+    return made_once(tmp_path_factory, "both-phases", make)
 
 
 @pytest.mark.parametrize("again", [0, *(pytest.param(n, marks=SLOW) for n in range(1, 5))])

@@ -12,7 +12,18 @@ import pytest
 import torch
 from data_helpers import held_out as held_out_of
 from data_helpers import prepare
-from helpers import LLAMA, ROOT, SHARED, call, events, step_directory, train, train_sh, write_tiny
+from helpers import (
+    LLAMA,
+    ROOT,
+    SHARED,
+    call,
+    events,
+    made_once,
+    step_directory,
+    train,
+    train_sh,
+    write_tiny,
+)
 
 from smollm.checkpoint import store
 from smollm.config_reader import load
@@ -32,14 +43,16 @@ PARAMETERS = {"starcoder2": 99_840, "llama": 139_584}
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory in which ./train.sh has run both phases: in bf16 where the CPU has it, and a
     Llama in fp32."""
-    directory = tmp_path_factory.mktemp(request.param)
-    write_tiny(directory)
-    words = ("training.precision=fp32", *LLAMA) if request.param == "llama" else ()
-    result = run_train_sh(directory, *words)
-    assert result.returncode == 0, result.stdout
-    (directory / "output").write_text(result.stdout)
-    (directory / "family").write_text(request.param)
-    return directory
+
+    def make(directory: Path) -> None:
+        write_tiny(directory)
+        words = ("training.precision=fp32", *LLAMA) if request.param == "llama" else ()
+        result = run_train_sh(directory, *words)
+        assert result.returncode == 0, result.stdout
+        (directory / "output").write_text(result.stdout)
+        (directory / "family").write_text(request.param)
+
+    return made_once(tmp_path_factory, f"pipeline-{request.param}", make)
 
 
 def test_the_pipeline_leaves_what_it_promises(run: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from data_helpers import prepare
-from helpers import ROOT, call, digest, in_child, train, write_tiny
+from helpers import ROOT, call, digest, finished_run, in_child, train, write_tiny
 
 from smollm import atomic
 from smollm.config import Config
@@ -45,10 +45,7 @@ CASES = [(feature, codes[0]) for feature, codes in CODES.items()] + [("all", "EI
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on a disk that has everything."""
-    directory = tmp_path_factory.mktemp("reference")
-    write_tiny(directory)
-    assert train(directory).returncode == 0
-    return directory
+    return finished_run(tmp_path_factory)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from typing import Any
 import pretend
 import pytest
 import torch
-from helpers import ROOT, call, events, step_directory, write_tiny
+from helpers import ROOT, call, events, made_once, step_directory, write_tiny
 
 from smollm.checkpoint import store
 from smollm.config_reader import load
@@ -31,8 +31,8 @@ SLIM = (
     "model.num_hidden_layers=2 model.hidden_size=640 model.num_attention_heads=10 "
     "model.intermediate_size=1920 model.vocab_size=16000"
 )
-LLAMA = (  # SmolLM2-135M's, with 2 of its 30 layers
-    "model.architecture=llama model.num_hidden_layers=2 model.hidden_size=576 "
+LLAMA = (  # SmolLM2-135M's, with one of its 30 layers
+    "model.architecture=llama model.num_hidden_layers=1 model.hidden_size=576 "
     "model.num_attention_heads=9 model.num_key_value_heads=3 model.intermediate_size=1536 "
     "model.vocab_size=49152 model.tie_word_embeddings=true"
 )
@@ -50,7 +50,12 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("g++ is not installed")
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed (requirements-dev.txt)")
-    return pretend.build(tmp_path_factory.mktemp("library"))
+
+    def make(directory: Path) -> None:
+        directory.mkdir()
+        pretend.build(directory)
+
+    return made_once(tmp_path_factory, "library", make) / "fake_cuda.so"
 
 
 def rehearse(

@@ -17,7 +17,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, command, digest, environment, losses, python_sources, train, write_tiny
+from helpers import (
+    ROOT,
+    command,
+    digest,
+    environment,
+    finished_run,
+    losses,
+    python_sources,
+    train,
+    write_tiny,
+)
 
 from smollm.config import WandbConfig
 from smollm.tracking import wandb_run
@@ -225,10 +235,7 @@ def test_mode_is_chosen_without_asking(monkeypatch: pytest.MonkeyPatch, tmp_path
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a run without W&B."""
-    directory = tmp_path_factory.mktemp("reference")
-    write_tiny(directory)
-    assert train(directory, *SETTINGS).returncode == 0
-    return directory
+    return finished_run(tmp_path_factory, *SETTINGS)
 
 
 def _train_and_compare(reference: Path, directory: Path, seconds: float, **extra: str) -> str:
