@@ -239,6 +239,10 @@ def test_train_sh_through_a_link_with_paths_of_the_caller(tmp_path: Path) -> Non
     words += ["data.cache_dir=mine", "training.train_steps=2"]
     refused = call(tmp_path, [*words, "--input_file", "s3://bucket/a.txt"], NO_INSTALL="1")
     assert refused.returncode == 3 and "error: s3://bucket/a.txt: is a URL" in refused.stdout
+    # There is a directory `docs` in the project, and none here: owner/name of the Hub.
+    named = [*words, "--init_from", "docs/model"]
+    unknown = call(tmp_path, named, NO_INSTALL="1", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    assert unknown.returncode == 3 and "docs/model: is no path here" in unknown.stdout
     words += ["--input_file", "my texts", "--input_file=my*/../te*.txt"]
     first = call(tmp_path, words, NO_INSTALL="1")
     assert first.returncode == 0, first.stdout

@@ -31,10 +31,10 @@ SLIM = (
     "model.num_hidden_layers=2 model.hidden_size=640 model.num_attention_heads=10 "
     "model.intermediate_size=1920 model.vocab_size=16000"
 )
-LLAMA = (  # SmolLM2-135M's, with one of its 30 layers
-    "model.architecture=llama model.num_hidden_layers=1 model.hidden_size=576 "
+LLAMA = (  # two layers of SmolLM2-135M's, and few entries: the layers are what counts
+    "model.architecture=llama model.num_hidden_layers=2 model.hidden_size=576 "
     "model.num_attention_heads=9 model.num_key_value_heads=3 model.intermediate_size=1536 "
-    "model.vocab_size=49152 model.tie_word_embeddings=true"
+    "model.vocab_size=8192 model.tie_word_embeddings=true"
 )
 STATIC = "model.num_hidden_layers=1 training.batch_size=16"
 
