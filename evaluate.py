@@ -197,8 +197,8 @@ def main(argv: list[str] | None = None) -> int:
         help=f"of the checkpoint's configuration: {', '.join(OVERRIDES)}",
     )  # fmt: skip
     arguments = cli.parse(parser, argv)
-    if arguments.unknown:
-        raise ConfigError(*(f"command line: unknown flag {word}" for word in arguments.unknown))
+    if problems := cli.unknown_flags(arguments):
+        raise ConfigError(*problems)
     if ranks.world_size() > 1:  # each process would take a share of the text
         raise ConfigError("evaluate.py is one process; start it without torchrun")
     sources = arguments.input_file or []

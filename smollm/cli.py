@@ -138,6 +138,11 @@ def parse(parser: ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
+def unknown_flags(arguments: argparse.Namespace) -> list[str]:
+    """A problem for each flag that is not known, of what `parse` gave."""
+    return [f"command line: unknown flag {word}" for word in arguments.unknown]
+
+
 def configuration(
     arguments: argparse.Namespace, steps_key: str | None = None, fixed: FixedModel | None = None
 ) -> Config:
@@ -157,7 +162,7 @@ def configuration(
         flags["--train_steps"] = (f"training.{steps_key}", arguments.train_steps)
     if arguments.input_file:
         flags["--input_file"] = ("data.input_files", arguments.input_file)
-    problems = [f"command line: unknown flag {word}" for word in arguments.unknown]
+    problems = unknown_flags(arguments)
     try:
         config = load(arguments.config, words, flags, fixed)
     except ConfigError as error:

@@ -79,15 +79,14 @@ def model_values(values: dict[str, Any]) -> dict[str, Any]:
     family = values.get("model_type")
     if family not in FAMILIES:
         raise ValueError(f"model_type is {family!r}, and only starcoder2 and llama are known")
+    values = {**_MISSING[family], **{k: v for k, v in values.items() if v is not None}}
     for key, expected in _FIXED[family].items():
         if values.get(key, expected) != expected:
             raise ValueError(f"{key} is {values[key]!r}, and only {expected!r} is computed here")
-    values = {**_MISSING[family], **{k: v for k, v in values.items() if v is not None}}
     for what in _not_computed(values):
         raise ValueError(f"{what} is not computed here")
     ours, theirs = _EPSILON[family]
-    if values.get("num_key_value_heads") is None:
-        values["num_key_value_heads"] = values["num_attention_heads"]
+    values.setdefault("num_key_value_heads", values["num_attention_heads"])
     rope = values.get("rope_parameters") or {}
     return {
         "architecture": family,

@@ -37,16 +37,12 @@ _NO_WEIGHTS = re.compile(r".*\.rotary_emb\.inv_freq")
 class Pretrained:
     """A model's directory, of which everything was checked that needs no tensors."""
 
-    source: str  # as it was named
+    source: str  # as it was named, without hf://
+    name: str  # in errors: a repository's id, or the directory that a link names
     directory: Path
     model: ModelConfig
     files: tuple[Path, ...]  # with its tensors
     dropouts: str  # that its config.json names, in words
-
-    @property
-    def name(self) -> str:
-        """Its name in errors: a repository's id, or the directory that a link names."""
-        return self.source if hub.repository(self.source) else str(self.directory)
 
     def fixed(self, where: str) -> FixedModel:
         """Its model, in place of a configuration's; `where` is its name there."""
@@ -89,24 +85,26 @@ def find(source: str, with_weights: bool = True) -> Pretrained:
         no_model = not directory.is_dir() or store.steps(directory)
         if no_model or (with_weights and store.is_ours(directory)):
             store.require_whole(directory)
-    name = repository or str(directory)
-    content, model = _read_config(directory, name)
-    files = _files(directory, name) if with_weights else ()
-    return Pretrained(repository or source, directory, model, files, huggingface.dropouts(content))
+    name, of_hub = repository or str(directory), repository is not None
+    content, model = _read_config(directory, name, of_hub)
+    files = _files(directory, name, of_hub) if with_weights else ()
+    dropouts = huggingface.dropouts(content)
+    return Pretrained(repository or source, name, directory, model, files, dropouts)
 
 
-def _read_config(directory: Path, name: str) -> tuple[dict[str, Any], ModelConfig]:
+def _read_config(directory: Path, name: str, of_hub: bool) -> tuple[dict[str, Any], ModelConfig]:
     """config.json, and what it makes of our model section.
 
     Args:
         name: of the model, for errors.
+        of_hub: whether that is a repository's id.
     """
     where = f"{name}: its {store.MODEL_CONFIG}"
     try:
         content = atomic.read_json(directory / store.MODEL_CONFIG)
         values = huggingface.model_values(content)
     except FileNotFoundError as error:
-        if hub.repository(name):
+        if of_hub:
             raise CheckpointError(
                 f"{name}: is not a model's repository, or was fetched in part only: there is no "
                 f"{store.MODEL_CONFIG}"
@@ -122,10 +120,11 @@ def _read_config(directory: Path, name: str) -> tuple[dict[str, Any], ModelConfi
     return content, model_config(values, where)
 
 
-def _files(directory: Path, name: str) -> tuple[Path, ...]:
+def _files(directory: Path, name: str, of_hub: bool) -> tuple[Path, ...]:
     """The files of a model's tensors; CheckpointError where there are none or one is missing.
 
-    Where there is one file it wins over an index, as it does for transformers.
+    Where there is one file it wins over an index, as it does for transformers. `name` and `of_hub`
+    as for `_read_config`.
     """
     if (directory / store.WEIGHTS).is_file():
         return (directory / store.WEIGHTS,)
@@ -139,7 +138,7 @@ def _files(directory: Path, name: str) -> tuple[Path, ...]:
         )
         if pickles:
             raise CheckpointError(f"{name}: {convert}")
-        perhaps = f"; perhaps it {convert}" if hub.repository(name) else ""
+        perhaps = f"; perhaps it {convert}" if of_hub else ""
         raise CheckpointError(f"{name}: holds no weights ({store.WEIGHTS} or {INDEX}){perhaps}")
     try:
         names = set(atomic.read_json(directory / INDEX)["weight_map"].values())

@@ -164,14 +164,8 @@ def _check_vocabulary(
 ) -> None:
     """The tokenizer must fit the embedding; a smaller one is worth a line."""
     entries, rows = chosen.get_vocab_size(), config.model.vocab_size
-    if given:
-        tokenizer.require_rows(chosen, rows, given.where)
-    elif (needed := tokenizer.size(chosen)) > rows:
-        gaps = "" if needed == entries else f", the highest id is {needed - 1:,}"
-        raise InputError(
-            f"tokenizer.source {config.tokenizer.source}: has {entries:,} entries{gaps}, more than "
-            f"model.vocab_size {rows:,}; set model.vocab_size={needed}"
-        )
+    where = given.where if given else f"tokenizer.source {config.tokenizer.source}"
+    tokenizer.require_rows(chosen, rows, where, is_models_own=given is not None)
     if entries < rows:
         log(f"the tokenizer has {entries:,} entries; {rows - entries:,} embedding rows stay unused")
 

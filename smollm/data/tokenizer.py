@@ -245,15 +245,20 @@ def special_ids(tokenizer: Tokenizer, end: int, config: dict[str, Any]) -> dict[
     return {key: end if number is None else number for key, number in ids.items()}
 
 
-def require_rows(tokenizer: Tokenizer, rows: int, where: str) -> None:
-    """Raise InputError where a model's own tokenizer has more entries than its embedding."""
+def require_rows(tokenizer: Tokenizer, rows: int, where: str, is_models_own: bool = True) -> None:
+    """Raise InputError where a tokenizer has more entries than the embedding has rows.
+
+    Args:
+        where: its name, for errors.
+        is_models_own: whether it came with the weights; else the configuration can be changed.
+    """
     if (needed := size(tokenizer)) > rows:
         entries = tokenizer.get_vocab_size()
         gaps = "" if needed == entries else f", the highest id is {needed - 1:,}"
-        raise InputError(
-            f"{where}: has {entries:,} entries{gaps}, more than the {rows:,} rows of the model's "
-            "embedding: it is not this model's tokenizer"
-        )
+        than = f"model.vocab_size {rows:,}; set model.vocab_size={needed}"
+        if is_models_own:
+            than = f"the {rows:,} rows of the model's embedding: it is not this model's tokenizer"
+        raise InputError(f"{where}: has {entries:,} entries{gaps}, more than {than}")
 
 
 def fetch_gpt2(cache: Path) -> Tokenizer:

@@ -375,7 +375,9 @@ def test_a_key_that_is_missing_has_the_value_of_transformers(family: str) -> Non
     """config.json with the shape alone: what transformers makes of it is what we make of it."""
     shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
     values = {"model_type": family, "num_attention_heads": 4, **shape}
-    theirs = hf.model_values(AutoConfig.for_model(**values).to_dict())
+    values |= {"attention_bias": None, "use_bias": None} if family == "llama" else {}
+    known = {key: value for key, value in values.items() if value is not None}
+    theirs = hf.model_values(AutoConfig.for_model(**known).to_dict())
     assert model_config(hf.model_values(values), "here") == model_config(theirs, "there")
 
 
@@ -466,7 +468,9 @@ def test_a_model_of_the_hub(model: Path, tmp_path: Path) -> None:
 
 
 def test_what_was_fetched_serves_without_a_network(model: Path, tmp_path: Path) -> None:
-    """The library's own cache, as another program left it; what lacks there is named by its id."""
+    """The library's own cache, as another program left it; what lacks is named by its id, also
+    where a directory `owner` is here."""
+    (tmp_path / "owner").mkdir()
     for name in ("whole", "pickle", "part"):
         cache = tmp_path / f"hub/models--owner--{name}"
         (cache / "refs").mkdir(parents=True)
@@ -481,7 +485,7 @@ def test_what_was_fetched_serves_without_a_network(model: Path, tmp_path: Path) 
         ("pickle", "owner/pickle: holds no weights (model.safetensors or model.safetensors.index"),
         ("part", "owner/part: is not a model's repository, or was fetched in part only"),
     ):
-        words = [sys.executable, str(ROOT / "generate.py"), "--checkpoint", f"owner/{name}"]
+        words = [sys.executable, str(ROOT / "generate.py"), "--checkpoint", f"hf://owner/{name}"]
         result = call(tmp_path, [*words, "--json"], **there)
         assert result.returncode == (3 if hint else 0) and hint in result.stdout, result.stdout
         assert ("perhaps it has its weights in .bin files, pickles" in result.stdout) == (
