@@ -93,7 +93,10 @@ class TrainingConfig:
     learning_rate: float = _setting(5e-4, 0.0, 10.0)
     min_learning_rate: float = _setting(5e-5, 0.0, 10.0)
     warmup_steps: int = _setting(100, 0, LAST_STEP)
-    schedule: str = _setting("cosine", choices=("cosine", "linear", "constant"))
+    schedule: str = _setting("cosine", choices=("cosine", "linear", "wsd", "constant"))
+    decay_fraction: float = _setting(0.4, 0.001, 1.0)
+    optimizer: str = _setting("adamw", choices=("adamw", "muon"))
+    embedding_learning_rate: float | None = _setting(None, 0.0, 10.0)
     weight_decay: float = _setting(0.1, 0.0, 10.0)
     adam_beta1: float = _setting(0.9, 0.0, 0.999999)
     adam_beta2: float = _setting(0.95, 0.0, 0.999999)
@@ -249,6 +252,11 @@ def conflicts(config: Config) -> Iterator[str]:
     if training.min_learning_rate > training.learning_rate:
         low = f"training.min_learning_rate {training.min_learning_rate}"
         yield f"{low} is larger than training.learning_rate {training.learning_rate}"
+    if training.embedding_learning_rate is not None and training.learning_rate == 0:
+        yield (
+            "training.embedding_learning_rate follows the schedule of training.learning_rate, "
+            "which is 0"
+        )
     if training.train_steps + training.continue_steps > LAST_STEP:
         yield f"training.train_steps + training.continue_steps is larger than {LAST_STEP}"
     if config.tokenizer.source == "train" and model.vocab_size < 258:

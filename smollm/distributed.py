@@ -134,6 +134,52 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
+def local(tensor: Tensor) -> Tensor:
+    """A tensor's values, or this process's shard of them: its own rows."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def wrap_like(part: Tensor, live: Tensor) -> Tensor:
+    """This process's part of a new tensor in the layout of `live`, as such a tensor. No copy."""
+    if not is_sharded(live):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        part, live.device_mesh, live.placements, shape=live.shape, stride=live.stride()
+    )
+
+
+def gather_rows(parts: Tensor, live: Tensor) -> Tensor:
+    """Whole matrices from every process's rows; collective where `live` is sharded.
+
+    Args:
+        parts: (N, rows of this process, columns): N matrices in the layout of `live`.
+
+    Returns:
+        (N, rows, columns), on every process.
+    """
+    if not is_sharded(live):
+        return parts
+    from torch.distributed.tensor import DTensor, Shard
+
+    rows, columns = live.shape
+    return DTensor.from_local(
+        parts, live.device_mesh, [Shard(1)], shape=torch.Size((len(parts), rows, columns)),
+        stride=(rows * columns, columns, 1),
+    ).full_tensor()  # fmt: skip
+
+
+def own_rows(whole: Tensor, live: Tensor) -> Tensor:
+    """The reverse of `gather_rows`, without communication."""
+    if not is_sharded(live):
+        return whole
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = live.device_mesh
+    return distribute_tensor(whole, mesh, [Shard(1)], src_data_rank=None).to_local()
+
+
 def shard_like(tensor: Tensor, live: Tensor) -> Tensor:
     """A full tensor in the layout of `live`; collective where that is sharded."""
     if not is_sharded(live):

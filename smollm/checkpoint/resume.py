@@ -171,6 +171,7 @@ def check_compatible(
 
     Raises:
         CheckpointError: they differ from the checkpoint's.
+        ConfigError: the optimizer differs from the checkpoint's.
     """
     changed = changed_input(fingerprint, saved.trainer_state)
     if changed and not config.data.allow_changed_input:
@@ -187,6 +188,13 @@ def check_compatible(
                 f"the checkpoint of step {saved.step} has model.{key} {was}, and the "
                 f"configuration {now}: that is another model; set model.{key}={was}"
             )
+    was, now = old.training.optimizer, config.training.optimizer
+    if was != now:
+        raise ConfigError(
+            f"the checkpoint of step {saved.step} holds the state of training.optimizer {was}, and "
+            f"the configuration has {now}; set training.optimizer={was}, or start a run of {now} "
+            "with its weights: --init_from that checkpoint, and another --save_dir"
+        )
     lines = [f"changed since the checkpoint: {line}" for line in differences(old, config)]
     if changed:
         lines.append("another text: its epochs and its best loss are counted from here")

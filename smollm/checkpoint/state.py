@@ -5,7 +5,7 @@ do not depend on the number of processes, so a run resumes on another one.
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from smollm.data.batches import Position
 from smollm.data.corpus import Corpus
 from smollm.errors import CheckpointError, first_line
 
+Optimizers = Sequence[torch.optim.Optimizer]  # which share out the parameters
+
 ALIGNMENT = 64  # bytes: of each tensor in the host's copy
 
 
@@ -26,18 +28,17 @@ def full_weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: distributed.full_tensor(p.detach()) for name, p in model.named_parameters()}
 
 
-def optimizer_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer
-) -> Iterator[tuple[str, Tensor]]:
-    """The optimizer's live tensors by their names in a checkpoint."""
+def optimizer_tensors(model: nn.Module, optimizers: Optimizers) -> Iterator[tuple[str, Tensor]]:
+    """The optimizers' live tensors by their names in a checkpoint."""
+    states = {p: state for optimizer in optimizers for p, state in optimizer.state.items()}
     for name, parameter in model.named_parameters():
-        for slot, tensor in optimizer.state[parameter].items():
+        for slot, tensor in states[parameter].items():
             yield f"optimizer.{slot}.{name}", tensor
 
 
-def checkpoint_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def checkpoint_bytes(model: nn.Module, optimizers: Optimizers) -> int:
     """Size of the tensors of a checkpoint, without the RNG's few kilobytes."""
-    tensors = [*model.parameters(), *(tensor for _, tensor in optimizer_tensors(model, optimizer))]
+    tensors = [*model.parameters(), *(tensor for _, tensor in optimizer_tensors(model, optimizers))]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -55,10 +56,9 @@ class HostCopy:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, enabled: bool,
-        log: Callable[[str], None],
-    ) -> None:  # fmt: skip
-        self.model, self.optimizer, self.enabled, self.log = model, optimizer, enabled, log
+        self, model: nn.Module, optimizers: Optimizers, enabled: bool, log: Callable[[str], None]
+    ) -> None:
+        self.model, self.optimizers, self.enabled, self.log = model, optimizers, enabled, log
         self.buffers: dict[str, Tensor] = {}
         self.error: Exception | None = None
         live = {name: (tensor.shape, tensor.dtype) for name, tensor in self._live()}
@@ -96,7 +96,7 @@ class HostCopy:
     def _live(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of a checkpoint that is on the device, by its name."""
         yield from ((name, p.detach()) for name, p in self.model.named_parameters())
-        yield from optimizer_tensors(self.model, self.optimizer)
+        yield from optimizer_tensors(self.model, self.optimizers)
 
     def take(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Copy to the host: (weights, training_state); empty on processes that do not write.
@@ -125,15 +125,10 @@ def first_nonfinite(model: nn.Module) -> str | None:
     Collective where the model is on several processes.
     """
     names = [name for name, _ in model.named_parameters()]
-    bad = torch.stack([~torch.isfinite(_local(p)).all() for p in model.parameters()])
+    local = (distributed.local(p.detach()) for p in model.parameters())
+    bad = torch.stack([~torch.isfinite(values).all() for values in local])
     flags = distributed.all_reduce_max(bad.float()).tolist()
     return next((name for name, flag in zip(names, flags, strict=True) if flag), None)
-
-
-def _local(parameter: Tensor) -> Tensor:
-    """A parameter's values, or this process's shard of them."""
-    detached = parameter.detach()
-    return detached.to_local() if distributed.is_sharded(detached) else detached
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
@@ -152,16 +147,14 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
         ) from error
 
 
-def load_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint
-) -> None:
-    """Copy a checkpoint's optimizer state into a (perhaps sharded) model's optimizer.
+def load_optimizers(model: nn.Module, optimizers: Optimizers, checkpoint: Checkpoint) -> None:
+    """Copy a checkpoint's optimizer state into a (perhaps sharded) model's optimizers.
 
     Raises:
         CheckpointError: the checkpoint lacks a tensor, or has one of another shape.
     """
     with torch.no_grad():
-        for name, live in optimizer_tensors(model, optimizer):
+        for name, live in optimizer_tensors(model, optimizers):
             saved = checkpoint.training_state.get(name)
             if saved is None or saved.shape != live.shape:
                 raise CheckpointError(

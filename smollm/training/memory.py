@@ -14,7 +14,7 @@ from model import CausalLM, ModelConfig, count_parameters, head_rows, initialize
 from smollm import distributed, fault_injection, hardware, ranks
 from smollm.config import GRADIENT_CHECKPOINTING
 from smollm.errors import ResourceError
-from smollm.training.optimizer import OPTIMIZER_BYTES, micro_batches
+from smollm.training.optimizer import micro_batches, optimizer_bytes
 
 if TYPE_CHECKING:
     from smollm.training.run import Run
@@ -41,7 +41,7 @@ class Setting:
 
 def peak_bytes(
     model: ModelConfig, tokens: int, checkpointing: str, compiled: bool, itemsize: int = 2,
-    shards: int = 1,
+    shards: int = 1, optimizer: str = "adamw",
 ) -> int:  # fmt: skip
     """Estimated peak of a training step on a GPU, without the CUDA context and workspaces.
 
@@ -55,6 +55,7 @@ def peak_bytes(
         compiled: by torch.compile, else eager.
         itemsize: bytes of the compute dtype.
         shards: processes that share weights and optimizer (FSDP).
+        optimizer: `training.optimizer`.
     """
     parameters = count_parameters(model).total
     vocabulary = head_rows(model.vocab_size, torch.device("cuda"))
@@ -67,7 +68,7 @@ def peak_bytes(
     # Weights in the compute dtype: all of them are kept for the backward pass, or the head's.
     casts = parameters if checkpointing == "none" else 2 * vocabulary * model.hidden_size
     # Weights and optimizer; gradients, which are whole until the last micro-batch is reduced.
-    fixed = (4 + OPTIMIZER_BYTES) * parameters // shards + 4 * parameters
+    fixed = (4 * parameters + optimizer_bytes(model, optimizer)) // shards + 4 * parameters
     if itemsize < 4:
         fixed += itemsize * casts
     return fixed + tokens * (model.num_hidden_layers * kept + max(head, layer))
@@ -135,7 +136,7 @@ def expected_bytes(run: Run, setting: Setting) -> int:
     return peak_bytes(
         run.config.model, setting.micro_batch * run.config.data.sequence_length,
         setting.gradient_checkpointing, machine.compile != "false", machine.dtype.itemsize,
-        _shards(run),
+        _shards(run), run.config.training.optimizer,
     )  # fmt: skip
 
 
@@ -203,8 +204,10 @@ def _first_expected_to_fit(run: Run, ladder: list[Setting]) -> int:
     first = 0
     free = hardware.free_memory(run.hardware.device)
     if free is not None:
-        parameters = count_parameters(run.config.model).total
-        resident = (4 + OPTIMIZER_BYTES) * parameters // _shards(run)
+        config = run.config
+        weights = 4 * count_parameters(config.model).total
+        state = optimizer_bytes(config.model, config.training.optimizer)
+        resident = (weights + state) // _shards(run)
         free = usable_bytes(free + resident)
         fitting = (n for n, each in enumerate(ladder) if expected_bytes(run, each) <= free)
         first = next(fitting, len(ladder) - 1)

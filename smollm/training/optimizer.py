@@ -1,4 +1,4 @@
-"""The optimizer, its learning rate, and how a step's sequences are divided."""
+"""The optimizers, their learning rate, and how a step's sequences are divided."""
 
 import dataclasses
 import math
@@ -8,17 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from model import ModelConfig, count_parameters
 from smollm.config import Config, TrainingConfig
 from smollm.errors import ConfigError
-
-OPTIMIZER_BYTES = 8  # of AdamW for each parameter: two running means in fp32
+from smollm.training.muon import Muon
 
 
 def learning_rate(step: int, training: TrainingConfig) -> float:
     """The learning rate of optimizer step `step` (from 1), a pure function.
 
     Linear warm-up over warmup_steps, then the schedule down to min_learning_rate at train_steps
-    (cosine: arXiv 1608.03983), then flat: a continuation goes on at the final rate.
+    (cosine: arXiv 1608.03983; wsd: flat, then linear, arXiv 2404.06395), then flat: a continuation
+    goes on at the final rate.
     """
     peak, floor = training.learning_rate, training.min_learning_rate
     if step <= training.warmup_steps and step <= training.train_steps:
@@ -27,10 +28,36 @@ def learning_rate(step: int, training: TrainingConfig) -> float:
         return peak
     if step >= training.train_steps:
         return floor
-    progress = (step - training.warmup_steps) / (training.train_steps - training.warmup_steps)
-    if training.schedule == "linear":
+    start = decay_start(training)
+    if step <= start:
+        return peak
+    progress = (step - start) / (training.train_steps - start)
+    if training.schedule in ("linear", "wsd"):
         return peak + (floor - peak) * progress
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def decay_start(training: TrainingConfig) -> int:
+    """The last step at the peak rate, from which the schedule falls; train_steps if it does not."""
+    if training.schedule == "constant":
+        return training.train_steps
+    start = training.warmup_steps
+    if training.schedule == "wsd":
+        start = max(start, training.train_steps - decay_steps(training))
+    return min(start, training.train_steps)
+
+
+def decay_steps(training: TrainingConfig) -> int:
+    """Steps of wsd's decay, where the warm-up leaves room for them."""
+    return max(1, round(training.decay_fraction * training.train_steps))
+
+
+def kept_steps(training: TrainingConfig) -> tuple[int, ...]:
+    """The checkpoint that a wsd run can be extended from: the last one before its decay."""
+    if training.schedule != "wsd":
+        return ()
+    last = decay_start(training) // training.save_steps * training.save_steps
+    return (last,) if last else ()
 
 
 @dataclass(frozen=True)
@@ -54,12 +81,20 @@ def planned_rates(training: TrainingConfig, first: int, last: int) -> Rates:
 
 
 def describe_optimizer(training: TrainingConfig, first: int, last: int) -> str:
-    """The optimizer and the learning rates that will be used, in words."""
+    """The optimizers and the learning rates that will be used, in words."""
     rates = planned_rates(training, first, last)
-    return (
-        f"AdamW, learning rate {rates.first:.3g} at step {first:,}, at most {rates.highest:.3g} at "
-        f"step {rates.highest_step:,}, {training.schedule} to {rates.last:.3g} at step {last:,}"
+    name = {"adamw": "AdamW", "muon": "Muon (AdamW for the embedding, norms and biases)"}
+    held = ""
+    if training.schedule == "wsd" and first <= (start := decay_start(training)) < last:
+        held = f"flat to step {start:,}, "
+    words = (
+        f"{name[training.optimizer]}, learning rate {rates.first:.3g} at step {first:,}, at most "
+        f"{rates.highest:.3g} at step {rates.highest_step:,}, {held}{training.schedule} to "
+        f"{rates.last:.3g} at step {last:,}"
     )
+    if training.embedding_learning_rate is not None:
+        words += f"; the embedding's at most {rates.highest * _embedding_scale(training):.3g}"
+    return words
 
 
 def rate_warnings(
@@ -77,6 +112,18 @@ def rate_warnings(
             f"{training.train_steps} steps: the rate reaches {rates.highest:.3g}, not "
             f"training.learning_rate {training.learning_rate:g}"
         )
+    if rates.highest == 0 and training.learning_rate > 0:
+        yield (
+            f"warning: the learning rate of steps {first:,} to {last:,} is 0: nothing is learned; "
+            f"set training.min_learning_rate, such as {training.learning_rate / 10:g}"
+        )
+    if before and before.schedule == training.schedule == "wsd":
+        start, ends = decay_start(before), before.train_steps
+        if start < first - 1 <= ends and ends < training.train_steps:
+            yield (
+                f"warning: the checkpoint lies in the decay of its schedule (steps {start + 1:,} "
+                f"to {ends:,}); the rate rises again; extend from one of step {start:,} or before"
+            )
     for key in ("learning_rate", "min_learning_rate", "schedule", "warmup_steps"):
         value = getattr(training, key)
         if before is None or value == getattr(before, key):
@@ -95,34 +142,71 @@ def rate_warnings(
         )
 
 
-def build_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW (arXiv 1711.05101), fused, with weight decay on the matrices only.
+def build_optimizers(
+    model: nn.Module, training: TrainingConfig, dtype: torch.dtype = torch.float32
+) -> list[torch.optim.Optimizer]:
+    """AdamW (arXiv 1711.05101), fused; or Muon for the layers' matrices and AdamW for the rest.
 
-    Its state is made at once (zeros), so that memory is known before the first step and a
-    checkpoint can be copied in. The state's keys are the slots of a checkpoint.
+    Weight decay is on the matrices only. A group's `rate_scale` times the learning rate of a step
+    is its rate. The states are made at once (zeros), so that memory is known before the first step
+    and a checkpoint can be copied in; their keys are the slots of a checkpoint.
+
+    Args:
+        dtype: that Muon iterates in: the one that the model computes in.
     """
-    parameters = list(model.parameters())
+    hidden, vocabulary, vectors = _parameter_kinds(model)
+    optimizers: list[torch.optim.Optimizer] = []
+    if training.optimizer == "muon":
+        optimizers.append(Muon(hidden, training.learning_rate, training.weight_decay, dtype))
+        hidden = []
+    decay, scale = training.weight_decay, _embedding_scale(training)
     groups = [
-        {
-            "params": [p for p in parameters if p.ndim >= 2],
-            "weight_decay": training.weight_decay,
-        },
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": hidden, "weight_decay": decay, "rate_scale": 1.0},
+        {"params": vocabulary, "weight_decay": decay, "rate_scale": scale},
+        {"params": vectors, "weight_decay": 0.0, "rate_scale": 1.0},
     ]
-    optimizer = torch.optim.AdamW(
-        groups,
+    adamw = torch.optim.AdamW(
+        [group for group in groups if group["params"]],
         lr=training.learning_rate,
         betas=(training.adam_beta1, training.adam_beta2),
         eps=training.adam_epsilon,
         fused=True,
     )
-    for parameter in parameters:
-        optimizer.state[parameter] = {
+    for parameter in [*hidden, *vocabulary, *vectors]:
+        adamw.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
             "exp_avg": torch.zeros_like(parameter),
             "exp_avg_sq": torch.zeros_like(parameter),
         }
-    return optimizer
+    return [*optimizers, adamw]
+
+
+def _parameter_kinds(
+    model: nn.Module,
+) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
+    """The parameters: the layers' matrices, those with a row for each token, and vectors."""
+    hidden, vocabulary, vectors = [], [], []
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2:
+            vectors.append(parameter)
+        elif name.startswith("model.layers."):
+            hidden.append(parameter)
+        else:  # the embedding, and a head of its own
+            vocabulary.append(parameter)
+    return hidden, vocabulary, vectors
+
+
+def _embedding_scale(training: TrainingConfig) -> float:
+    """The embedding's learning rate divided by the others'."""
+    if training.embedding_learning_rate is None:
+        return 1.0
+    return training.embedding_learning_rate / training.learning_rate
+
+
+def optimizer_bytes(model: ModelConfig, optimizer: str) -> int:
+    """Bytes of the optimizers' state: two running means in fp32 for each parameter, Muon one."""
+    count = count_parameters(model)
+    return 8 * count.total - (4 * count.hidden if optimizer == "muon" else 0)
 
 
 def micro_batch_size(config: Config, world_size: int) -> int:

@@ -31,7 +31,7 @@ from smollm.tracking.tracker import Tracker, code_files, start_logging
 from smollm.training import table
 from smollm.training.job import Job
 from smollm.training.memory import fit_memory
-from smollm.training.optimizer import build_optimizer, micro_batch_size, rate_warnings
+from smollm.training.optimizer import build_optimizers, kept_steps, micro_batch_size, rate_warnings
 from smollm.training.run import Progress, Run, Stopwatch, model_files
 from smollm.training.step import TrainStep
 
@@ -111,9 +111,9 @@ def set_up(
     _require_agreement(job, corpus)
     parallel = _build_model(config, machine, saved, weights)
     del weights
-    optimizer = build_optimizer(parallel.model, config.training)
+    optimizers = build_optimizers(parallel.model, config.training, machine.dtype)
     if saved:
-        state.load_optimizer(parallel.model, optimizer, saved)
+        state.load_optimizers(parallel.model, optimizers, saved)
     dataset = TokenDataset(
         corpus.train, config.data.sequence_length, config.sequences_per_step, config.training.seed,
         state.data_position(config, corpus, saved) if saved else Position(),
@@ -123,7 +123,7 @@ def set_up(
         on_gpu = machine.device.type == "cuda"
         randomness.restore_global(saved.training_state, on_gpu)  # nothing of ours draws after it
     if ranks.is_main():
-        _check_disk(job, state.checkpoint_bytes(parallel.model, optimizer), log)
+        _check_disk(job, state.checkpoint_bytes(parallel.model, optimizers), log)
     tracker, writer = _tracking(job, logger, run_id, progress.step, parent)
     run = Run(
         job=job,
@@ -131,12 +131,12 @@ def set_up(
         hardware=machine,
         corpus=corpus,
         dataset=dataset,
-        train_step=TrainStep(config, parallel, optimizer, micro_batch, job.stop),
+        train_step=TrainStep(config, parallel, optimizers, micro_batch, job.stop),
         progress=progress,
         run_id=run_id,
         tracker=tracker,
         writer=writer,
-        host_copy=state.HostCopy(parallel.model, optimizer, job.writes, log),
+        host_copy=state.HostCopy(parallel.model, optimizers, job.writes, log),
         stopwatch=Stopwatch(progress.elapsed_seconds, progress.step),
         resumed_phase=saved.trainer_state["phase"] if saved else job.phase,
         parent=parent,
@@ -179,7 +179,10 @@ def _tracking(
         if tracker.logged_models == "all":
             tracker.log_model(model_files(path), [f"step-{step}"])
 
-    return tracker, Writer(job.save_dir, job.config.checkpoint, tracker.log, report_saved)
+    keep = job.config.checkpoint
+    steps = (*keep.keep_steps, *kept_steps(job.config.training))
+    keep = dataclasses.replace(keep, keep_steps=steps)
+    return tracker, Writer(job.save_dir, keep, tracker.log, report_saved)
 
 
 def code_version() -> str:

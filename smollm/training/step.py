@@ -1,6 +1,6 @@
 """One optimizer step: accumulate gradients, guard against non-finite numbers, clip, update."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +39,7 @@ class TrainStep:
 
     Args:
         parallel: the model on all processes.
-        optimizer: as `build_optimizer` makes it.
+        optimizers: as `build_optimizers` makes them.
         micro_batch: sequences of one forward and backward pass.
         stop: where a signal is noted.
     """
@@ -48,16 +48,16 @@ class TrainStep:
         self,
         config: Config,
         parallel: ParallelModel,
-        optimizer: torch.optim.Optimizer,
+        optimizers: Sequence[torch.optim.Optimizer],
         micro_batch: int,
         stop: StopSignals,
     ) -> None:
-        self.config, self.parallel, self.optimizer = config, parallel, optimizer
+        self.config, self.parallel, self.optimizers = config, parallel, optimizers
         self.micro_batch, self.stop = micro_batch, stop
         device = next(parallel.model.parameters()).device
         self.loss = self.grad_norm = torch.zeros((), device=device)
         # Step, loss and gradient norm of the first step that was not finite; zeros before it. It
-        # stays on the device, where the fused AdamW reads it and then changes nothing: neither a
+        # stays on the device, where the optimizers read it and then change nothing: neither a
         # bad step nor those launched before the host reads it update any weight.
         self.first_bad = torch.zeros(3, device=device)
 
@@ -73,7 +73,8 @@ class TrainStep:
             changed then.
         """
         training = self.config.training
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
         loss = self.accumulate(step, input_ids, labels)
         if loss is None:
             return False
@@ -82,9 +83,7 @@ class TrainStep:
         norm = total_norm(p.grad for p in parameters if p.grad is not None)
         self._guard(step, loss, norm)
         clip_grads_with_norm_(parameters, training.max_grad_norm, norm, foreach=True)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, training)
-        self._update()
+        self._update(learning_rate(step, training))
         self.loss, self.grad_norm = loss, norm
         return True
 
@@ -115,15 +114,19 @@ class TrainStep:
         is_first = (self.first_bad[0] == 0) & ~torch.isfinite(loss + norm)
         self.first_bad = torch.where(is_first, here, self.first_bad)
 
-    def _update(self) -> None:
-        """The optimizer's update, unless a step was not finite."""
+    def _update(self, rate: float) -> None:
+        """The optimizers' update at a learning rate, unless a step was not finite."""
+        found_inf = (self.first_bad[0] != 0).float()
         if distributed.is_sharded(next(self.parallel.model.parameters())):
             # The fused kernel does not take a plain tensor beside sharded ones: ask the host.
-            if self.first_bad[0].item() == 0:
-                self.optimizer.step()
-        else:
-            self.optimizer.found_inf = (self.first_bad[0] != 0).float()
-            self.optimizer.step()
+            if found_inf.item():
+                return
+            found_inf = None
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["rate_scale"]
+            optimizer.found_inf = found_inf
+            optimizer.step()
 
     def read(self) -> StepResult:
         """Wait for the step launched last and read its numbers; collective."""

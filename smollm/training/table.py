@@ -28,7 +28,7 @@ def describe(run: Run) -> list[str]:
         start = f"a fresh optimizer, seed {config.training.seed}"
     count = count_parameters(config.model)
     first, epochs = run.progress.step + 1, dataset.epoch(job.last)
-    size = state.checkpoint_bytes(run.model, run.train_step.optimizer)
+    size = state.checkpoint_bytes(run.model, run.train_step.optimizers)
     rows = [
         ("phase", f"{job.phase}: steps {run.progress.step:,} -> {job.last:,} ({start})"),
         ("device", f"{hardware.name(run.hardware.device)}{processes}, torch {torch.__version__}"),

@@ -29,7 +29,7 @@ def make_step(
     config = config or Config(model=SMALL)
     model = small_model()
     parallel = ParallelModel(model, loss or model, lambda sync: contextlib.nullcontext())
-    adamw = optimizer.build_optimizer(model, config.training)
+    adamw = optimizer.build_optimizers(model, config.training)
     return TrainStep(config, parallel, adamw, micro_batch, StopSignals())
 
 
