@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -12,6 +13,7 @@ from helpers import SMALL, random_batch, small_model
 from torch import Tensor
 
 from model import count_parameters
+from smollm.checkpoint.state import optimizer_tensors
 from smollm.config import Config, TrainingConfig, replace_training
 from smollm.distributed import ParallelModel
 from smollm.errors import ConfigError
@@ -29,8 +31,14 @@ def make_step(
     config = config or Config(model=SMALL)
     model = small_model()
     parallel = ParallelModel(model, loss or model, lambda sync: contextlib.nullcontext())
-    adamw = optimizer.build_optimizers(model, config.training)
-    return TrainStep(config, parallel, adamw, micro_batch, StopSignals())
+    optimizers = optimizer.build_optimizers(model, config.training)
+    return TrainStep(config, parallel, optimizers, micro_batch, StopSignals())
+
+
+def optimizer_state(train_step: TrainStep) -> dict[str, Tensor]:
+    """Copies of everything that the optimizers keep, by its name in a checkpoint."""
+    model = train_step.parallel.model
+    return {k: v.clone() for k, v in optimizer_tensors(model, train_step.optimizers)}
 
 
 def test_learning_rate_follows_its_closed_form() -> None:
@@ -56,9 +64,55 @@ def test_other_schedules_and_short_runs() -> None:
     assert optimizer.learning_rate(5, linear) == pytest.approx((5e-4 + 5e-5) / 2)
     constant = TrainingConfig(schedule="constant", warmup_steps=2)
     assert optimizer.learning_rate(4000, constant) == 5e-4
+    assert optimizer.learning_rate(99_999, constant) == 5e-4
+    for schedule in ("linear", "cosine", "wsd"):  # may end at zero, and stays there
+        zero = TrainingConfig(schedule=schedule, min_learning_rate=0.0)
+        assert 0 < optimizer.learning_rate(4999, zero) < 1e-6
+        assert optimizer.learning_rate(5000, zero) == optimizer.learning_rate(5050, zero) == 0.0
     short = TrainingConfig(train_steps=2, warmup_steps=100)
     assert optimizer.learning_rate(2, short) == pytest.approx(1e-5)
     assert optimizer.learning_rate(3, short) == 5e-5
+
+
+def test_wsd_is_flat_then_linear() -> None:
+    """wsd: the peak up to step 60 of 100, then a straight line; a longer run is flat for longer."""
+    training = TrainingConfig(
+        schedule="wsd", train_steps=100, warmup_steps=10, min_learning_rate=0.0,
+        decay_fraction=0.4, save_steps=25,
+    )  # fmt: skip
+    rates = {step: optimizer.learning_rate(step, training) for step in (10, 11, 59, 60)}
+    assert set(rates.values()) == {5e-4}
+    for step in (61, 70, 80, 99, 100):
+        expected = 5e-4 * (100 - step) / 40
+        assert optimizer.learning_rate(step, training) == pytest.approx(expected, abs=1e-18)
+    assert optimizer.decay_start(training) == 60
+    assert optimizer.kept_steps(training) == (50,)  # what the run can be extended from
+    longer = dataclasses.replace(training, train_steps=1000)
+    assert [optimizer.learning_rate(step, longer) for step in (1, 5, 10, 50, 60)] == [
+        optimizer.learning_rate(step, training) for step in (1, 5, 10, 50, 60)
+    ]
+    assert optimizer.learning_rate(600, longer) == 5e-4 > optimizer.learning_rate(601, longer)
+    # A warm-up longer than what the decay leaves shortens the decay.
+    late = dataclasses.replace(training, warmup_steps=90)
+    assert optimizer.decay_start(late) == 90
+    assert optimizer.learning_rate(95, late) == pytest.approx(2.5e-4)
+
+
+def test_the_embedding_can_have_a_rate_of_its_own() -> None:
+    """training.embedding_learning_rate follows the schedule, for the embedding only."""
+    config = replace_training(
+        Config(model=SMALL), embedding_learning_rate=5e-3, warmup_steps=0, weight_decay=0.0
+    )
+    for name in ("adamw", "muon"):
+        train_step = make_step(4, replace_training(config, optimizer=name))
+        model = train_step.parallel.model
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        assert train_step(2500, *random_batch(4))
+        rate = optimizer.learning_rate(2500, config.training)
+        for key in ("embed_tokens.weight", "norm.weight"):
+            moved = (model.state_dict()[f"model.{key}"] - before[f"model.{key}"]).abs().max()
+            times = 10 if "embed" in key else 1  # AdamW's first step is the rate itself
+            assert float(moved) == pytest.approx(times * rate, rel=1e-2)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 192])
@@ -118,12 +172,12 @@ def test_loss_gradient_agrees_with_finite_differences(seed: int) -> None:
 
 def test_weight_decay_on_matrices_only() -> None:
     """Every matrix and no vector decays; together they are all parameters, once."""
-    model = small_model()
-    decayed, plain = optimizer.build_optimizer(model, TrainingConfig()).param_groups
-    assert decayed["weight_decay"] == 0.1 and plain["weight_decay"] == 0.0
-    assert sum(p.numel() for p in decayed["params"]) == count_parameters(SMALL).matrices
-    together = sum(p.numel() for group in (decayed, plain) for p in group["params"])
-    assert together == count_parameters(SMALL).total
+    (adamw,) = optimizer.build_optimizers(small_model(), TrainingConfig())
+    sizes = {0.1: 0, 0.0: 0}
+    for group in adamw.param_groups:
+        sizes[group["weight_decay"]] += sum(p.numel() for p in group["params"])
+    count = count_parameters(SMALL)
+    assert sizes == {0.1: count.matrices, 0.0: count.total - count.matrices}
 
 
 def test_step_equals_adamw_by_its_formula() -> None:
@@ -145,7 +199,8 @@ def test_step_equals_adamw_by_its_formula() -> None:
 
 
 @pytest.mark.parametrize("case", ["loss nan", "loss inf", "gradient nan", "gradient inf"])
-def test_the_guard_leaves_everything_as_it_was(case: str) -> None:
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_guard_leaves_everything_as_it_was(name: str, case: str) -> None:
     """N1: nothing is updated by a bad step, nor by good ones launched before the host looked."""
     what, value = case.split()
 
@@ -158,12 +213,13 @@ def test_the_guard_leaves_everything_as_it_was(case: str) -> None:
         return result
 
     bad = [False]
-    train_step = make_step(4, loss=loss)
+    config = replace_training(Config(model=SMALL), optimizer=name)
+    train_step = make_step(4, config, loss=loss)
     model = train_step.parallel.model
     assert train_step(1, *random_batch(4)) and train_step.read().nonfinite is None
     state = {k: v.clone() for k, v in model.state_dict().items()}
-    moments = [s["exp_avg"].clone() for s in train_step.optimizer.state.values()]
-    counts = [float(s["step"]) for s in train_step.optimizer.state.values()]
+    moments = optimizer_state(train_step)
+    assert any(tensor.any() for tensor in moments.values())
     bad[0] = True
     assert train_step(2, *random_batch(4))
     bad[0] = False
@@ -177,9 +233,8 @@ def test_the_guard_leaves_everything_as_it_was(case: str) -> None:
     assert not math.isfinite(found.grad_norm)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, state[name]), name
-    for old, new in zip(moments, train_step.optimizer.state.values(), strict=True):
-        assert torch.equal(old, new["exp_avg"])
-    assert counts == [float(s["step"]) for s in train_step.optimizer.state.values()]
+    for key, tensor in optimizer_state(train_step).items():
+        assert torch.equal(tensor, moments[key]), key
 
 
 def test_layer_norms_are_those_before_clipping() -> None:

@@ -1,0 +1,415 @@
+"""Compare what optimizers and schedules learn from the same steps: python benchmarks/learning.py
+
+    python benchmarks/learning.py --quick                              # one comparison, minutes
+    python benchmarks/learning.py --output benchmarks/learning_input   # all of it, for input.txt
+    python benchmarks/learning.py --output benchmarks/learning_large --text debian.jsonl \\
+        training.train_steps=400 training.batch_size=16
+
+Each run is train.py with words of its own. A schedule is stretched to the run's own length (the
+warm-up is a tenth of it), and ends are compared, never middles. The rate of each recipe is the best
+of a factor-of-two grid on one seed, which grows until its best is inside. What is done is kept in
+OUTPUT.json: the same command goes on where it was. Words `section.key=value` hold for all runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from smollm import atomic, cli, config_reader  # noqa: E402 - the line above finds it
+from smollm.errors import ConfigError, UserError  # noqa: E402
+
+SEEDS = (42, 43, 44)
+QUICK_RATES = {"AdamW, tuned": 4e-3, "Muon, tuned": 4e-3}
+TENTH = 0.1  # of a run, for its warm-up
+HORIZONS = (0.25, 0.3, 0.4, 0.5, 0.55, 0.6, 0.7, 0.8)  # of the full length
+QUICK_HORIZONS = (0.4, 0.55)
+
+Words = dict[str, Any]  # section.key: value
+Wanted = tuple[Words, int, int]  # a run's words, steps and seed
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An optimizer with its schedule."""
+
+    name: str
+    words: Words
+    first_rate: float  # of the grid that it is tuned on
+
+    def at(self, rate: float) -> Words:
+        """All words of the recipe, with a peak rate."""
+        return {**self.words, "training.learning_rate": rate}
+
+
+SPECIFICATION = Recipe(
+    "AdamW 5e-4, cosine to a tenth",
+    {
+        "training.optimizer": "adamw", "training.schedule": "cosine",
+        "training.min_learning_rate": 5e-5, "training.adam_beta2": 0.95,
+    },
+    5e-4,
+)  # fmt: skip
+ADAMW = Recipe(
+    "AdamW, tuned",
+    {
+        "training.optimizer": "adamw", "training.schedule": "linear",
+        "training.min_learning_rate": 0.0, "training.adam_beta2": 0.99,
+    },
+    4e-3,
+)  # fmt: skip
+MUON = Recipe(
+    "Muon, tuned",
+    {
+        "training.optimizer": "muon", "training.schedule": "linear",
+        "training.min_learning_rate": 0.0, "training.adam_beta2": 0.99,
+    },
+    4e-3,
+)  # fmt: skip
+# One change each, at the tuned rate and on all seeds.
+VARIATIONS: dict[str, tuple[Recipe, Words]] = {
+    **{
+        f"{recipe.name}, adam_beta2 {value}": (recipe, {"training.adam_beta2": value})
+        for recipe in (ADAMW, MUON)
+        for value in (0.95, 0.98, 0.995)
+    },
+    "AdamW, tuned, cosine to zero": (ADAMW, {"training.schedule": "cosine"}),
+    "AdamW, tuned, wsd to zero": (ADAMW, {"training.schedule": "wsd"}),
+    "Muon, tuned, cosine to zero": (MUON, {"training.schedule": "cosine"}),
+    "Muon, tuned, wsd to zero": (MUON, {"training.schedule": "wsd"}),
+    "Muon, tuned, weight_decay 0": (MUON, {"training.weight_decay": 0.0}),
+    "Muon, tuned, weight_decay 0.3": (MUON, {"training.weight_decay": 0.3}),
+    "Muon, tuned, dropout 0.1": (MUON, {"model.dropout": 0.1}),
+}
+
+
+@dataclass
+class Study:
+    """Runs of one configuration on one text, and where their results are kept."""
+
+    output: Path  # without its suffix
+    config: str
+    text: str
+    words: list[str]  # section.key=value, for every run
+    steps: int  # of a full run
+    jobs: int = 1
+    runs: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def results(self, wanted: list[Wanted]) -> list[dict[str, Any]]:
+        """The results of runs, each (words, steps, seed); those not yet done are done."""
+        keys = [key_of(*each) for each in wanted]
+        missing = {k: each for k, each in zip(keys, wanted, strict=True) if k not in self.runs}
+        with concurrent.futures.ThreadPoolExecutor(self.jobs) as pool:
+            futures = {pool.submit(self._run, *each): key for key, each in missing.items()}
+            for future in concurrent.futures.as_completed(futures):
+                key = futures[future]
+                self.runs[key] = future.result()
+                self.save()
+                found = self.runs[key]
+                seconds = f"{found['seconds']:.0f} s" if self.jobs == 1 else ""
+                print(f"val_loss {found['val_loss']:.4f}  {seconds:>6}  {key}", flush=True)
+        return [self.runs[key] for key in keys]
+
+    def read(self) -> None:
+        """Take over what OUTPUT.json holds.
+
+        Raises:
+            ConfigError: it is of another study.
+        """
+        path = self.output.with_suffix(".json")
+        if not path.exists():
+            return
+        before = atomic.read_json(path)
+        for name, value in self.about().items():
+            if before[name] != value:
+                raise ConfigError(f"{path}: its {name} is {before[name]!r}, not {value!r}")
+        self.runs = before["runs"]
+
+    def about(self) -> dict[str, Any]:
+        """What all runs have in common."""
+        names = {"config": Path(self.config).name, "text": Path(self.text).name}
+        return {**names, "words": self.words, "steps": self.steps}
+
+    def save(self) -> None:
+        """Write OUTPUT.json anew."""
+        path = self.output.with_suffix(".json")
+        with atomic.replacing(path) as temporary:
+            runs = dict(sorted(self.runs.items()))
+            lines = [f"  {json.dumps(key)}: {json.dumps(run)}" for key, run in runs.items()]
+            about = json.dumps({**self.about(), "runs": None})
+            rows = ",\n".join(lines)
+            temporary.write_text(about.replace('"runs": null', f'"runs": {{\n{rows}\n}}') + "\n")
+
+    def _run(self, words: Words, steps: int, seed: int) -> dict[str, Any]:
+        """Train once; returns the loss at each evaluation, and what the last one said."""
+        every = steps  # ends are what counts
+        given = {
+            **words, "training.seed": seed, "training.train_steps": steps,
+            "training.warmup_steps": round(TENTH * steps), "training.eval_steps": every,
+            "training.logging_steps": every, "training.save_steps": 999_999,
+            "training.sample_steps": 999_999, "generation.num_samples": 1,
+        }  # fmt: skip
+        threads = str(max(1, (os.cpu_count() or 1) // self.jobs))
+        with tempfile.TemporaryDirectory() as folder:
+            done = subprocess.run(
+                [
+                    sys.executable, str(ROOT / "train.py"), "--config", self.config,
+                    "--input_file", self.text, "--save_dir", f"{folder}/checkpoints",
+                    "--log_dir", f"{folder}/logs", *self.words,
+                    *(f"{key}={value}" for key, value in given.items()),
+                ],
+                env={"OMP_NUM_THREADS": threads, **os.environ, "WANDB_MODE": "disabled"},
+                capture_output=True, text=True,
+            )  # fmt: skip
+            if done.returncode:
+                said = f"{done.stdout}{done.stderr}".strip().splitlines()[-1:]
+                raise UserError(f"{key_of(words, steps, seed)}: {' '.join(said)}")
+            lines = Path(folder, "logs", "metrics.jsonl").read_text().splitlines()
+        events = [json.loads(line) for line in lines]
+        losses = [(e["step"], round(e["val_loss"], 5)) for e in events if e["event"] == "eval"]
+        last = [e for e in events if e["event"] == "eval"][-1]
+        trained = [e for e in events if e["event"] == "train"]
+        return {
+            "val_loss": losses[-1][1],
+            "val_bits_per_byte": round(last["val_bits_per_byte"], 5),
+            "train_loss": round(trained[-1]["loss"], 5),
+            "seconds": round(trained[-1]["elapsed_seconds"], 2),
+            "device": next(
+                line.split(None, 1)[1] for line in done.stdout.splitlines() if "device " in line
+            ),
+            "losses": losses,
+            "jobs": self.jobs,
+        }
+
+    # --- what is compared ---
+
+    def tuned_rate(self, recipe: Recipe) -> float:
+        """The best rate of a factor-of-two grid; it grows until the best one is inside."""
+        grid = first_grid(recipe)
+        while True:
+            losses = [r["val_loss"] for r in self.results([self.tuning(recipe, g) for g in grid])]
+            best = losses.index(min(losses))
+            if 0 < best < len(grid) - 1:
+                return grid[best]
+            grid = [grid[0] / 2, *grid] if best == 0 else [*grid, grid[-1] * 2]
+
+    def tuning(self, recipe: Recipe, rate: float) -> Wanted:
+        """One run of the grid."""
+        return recipe.at(rate), self.steps, SEEDS[0]
+
+    def horizon(self, share: float) -> int:
+        """A share of the full length, in steps."""
+        return round(share * self.steps)
+
+
+def first_grid(recipe: Recipe) -> list[float]:
+    """The rates that are tried first."""
+    return [recipe.first_rate / 2, recipe.first_rate, recipe.first_rate * 2]
+
+
+def key_of(words: Words, steps: int, seed: int) -> str:
+    """The name of a run: its words without `training.`, its steps and its seed."""
+    parts = [f"{k.removeprefix('training.')}={v}" for k, v in sorted(words.items())]
+    return " ".join([*parts, f"steps={steps}", f"seed={seed}"])
+
+
+def compare(study: Study) -> dict[str, float]:
+    """Tune both optimizers, then train all seeds at every horizon; returns the rates."""
+    study.results([study.tuning(r, rate) for r in (ADAMW, MUON) for rate in first_grid(r)])
+    rates = {r.name: study.tuned_rate(r) for r in (ADAMW, MUON)}
+    study.results(
+        [
+            (words, steps, seed)
+            for words, steps in [
+                (SPECIFICATION.at(SPECIFICATION.first_rate), study.steps),
+                *(
+                    (recipe.at(rates[recipe.name]), study.horizon(share))
+                    for recipe in (ADAMW, MUON)
+                    for share in (*HORIZONS, 1.0)
+                ),
+                *((words, study.steps) for words in variations(rates).values()),
+            ]
+            for seed in SEEDS
+        ]
+    )
+    return rates
+
+
+def variations(rates: dict[str, float]) -> dict[str, Words]:
+    """The words of each variation, at its recipe's tuned rate."""
+    return {
+        name: {**recipe.at(rates[recipe.name]), **words}
+        for name, (recipe, words) in VARIATIONS.items()
+    }
+
+
+@dataclass(frozen=True)
+class Ends:
+    """The losses at the ends of runs that differ in their seed."""
+
+    losses: list[float]
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.losses)
+
+    @property
+    def spread(self) -> float:
+        """The largest minus the smallest."""
+        return max(self.losses) - min(self.losses)
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} ({self.spread:.3f})"
+
+
+def ends(study: Study, words: Words, steps: int) -> Ends:
+    """What runs of these words, one for each seed, ended at."""
+    return Ends([study.runs[key_of(words, steps, seed)]["val_loss"] for seed in SEEDS])
+
+
+def steps_to(study: Study, words: Words, target: float) -> str:
+    """The shortest horizon whose runs end at a loss or below it, as a row's last column."""
+    for share in (*HORIZONS, 1.0):
+        found = ends(study, words, study.horizon(share))
+        if found.mean <= target:
+            return f"{study.horizon(share)} ({share:.2f}x), {found}"
+    return "not reached"
+
+
+def tables(study: Study, rates: dict[str, float]) -> str:
+    """What was measured, in Markdown."""
+    specification = ends(study, SPECIFICATION.at(SPECIFICATION.first_rate), study.steps)
+    tuned = ends(study, ADAMW.at(rates[ADAMW.name]), study.steps)
+    muon = MUON.at(rates[MUON.name])
+    lines = [
+        "| recipe | learning rate | val_loss after "
+        f"{study.steps} steps: mean of three seeds (spread) |",
+        "|---|---|---|",
+        f"| {SPECIFICATION.name} | {SPECIFICATION.first_rate:g} | {specification} |",
+        f"| {ADAMW.name} | {rates[ADAMW.name]:g} | {tuned} |",
+        f"| {MUON.name} | {rates[MUON.name]:g} | {ends(study, muon, study.steps)} |",
+        "",
+        "| loss to reach | AdamW, tuned | Muon, tuned |",
+        "|---|---|---|",
+        *(
+            f"| {name}: {target.mean:.3f} | {steps_to(study, adamw, target.mean)} | "
+            f"{steps_to(study, muon, target.mean)} |"
+            for adamw in [ADAMW.at(rates[ADAMW.name])]
+            for name, target in (("the specification's", specification), ("tuned AdamW's", tuned))
+        ),
+        "",
+        f"| one change, {study.steps} steps | val_loss | difference | |",
+        "|---|---|---|---|",
+    ]
+    for name, words in variations(rates).items():
+        recipe = VARIATIONS[name][0]
+        base = ends(study, recipe.at(rates[recipe.name]), study.steps)
+        found = ends(study, words, study.steps)
+        difference = found.mean - base.mean
+        claimed = abs(difference) >= 2 * max(found.spread, base.spread)
+        verdict = ("better" if difference < 0 else "worse") if claimed else "within the spread"
+        lines.append(f"| {name} | {found} | {difference:+.3f} | {verdict} |")
+    return "\n".join(lines)
+
+
+def draw(study: Study, rates: dict[str, float]) -> Path:
+    """Two panels: the grid that the rates were tuned on, and the ends at each horizon."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for recipe, color in ((ADAMW, "tab:blue"), (MUON, "tab:red")):
+        tried = [rate * 2.0**power for rate in [recipe.first_rate] for power in range(-6, 7)]
+        grid = {
+            rate: study.runs[key]["val_loss"]
+            for rate in tried
+            if (key := key_of(*study.tuning(recipe, rate))) in study.runs
+        }
+        left.plot(grid.keys(), grid.values(), "o-", color=color, label=recipe.name)
+        words, shares = recipe.at(rates[recipe.name]), (*HORIZONS, 1.0)
+        found = [ends(study, words, study.horizon(share)) for share in shares]
+        steps = [study.horizon(share) for share in shares]
+        means = [each.mean for each in found]
+        below = [each.mean - min(each.losses) for each in found]
+        above = [max(each.losses) - each.mean for each in found]
+        right.errorbar(steps, means, [below, above], fmt="o-", color=color, label=recipe.name)
+        right.axhline(means[-1], color=color, linewidth=0.8, linestyle=":")
+    target = ends(study, SPECIFICATION.at(SPECIFICATION.first_rate), study.steps)
+    right.axhline(target.mean, color="gray", linestyle="--", label=SPECIFICATION.name)
+    left.set(
+        xscale="log", xlabel="peak learning rate", ylabel=f"val_loss after {study.steps} steps",
+        title="Tuning (one seed)",
+    )  # fmt: skip
+    right.set(
+        xlabel="steps of the run, and of its schedule", ylabel="val_loss at its end",
+        title="Ends (three seeds: mean, smallest, largest)",
+    )  # fmt: skip
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    path = study.output.with_suffix(".png")
+    figure.savefig(path, dpi=80)
+    pyplot.close(figure)
+    return path
+
+
+def quick(study: Study) -> str:
+    """One comparison, one seed, at the rates that the whole study found for config_cpu.yaml."""
+    seed, steps = SEEDS[0], study.steps
+    plan = [
+        (SPECIFICATION.name, SPECIFICATION.at(SPECIFICATION.first_rate), steps),
+        (ADAMW.name, ADAMW.at(QUICK_RATES[ADAMW.name]), steps),
+        *((MUON.name, MUON.at(QUICK_RATES[MUON.name]), study.horizon(s)) for s in QUICK_HORIZONS),
+    ]
+    results = study.results([(words, count, seed) for _, words, count in plan])
+    rows = [
+        f"| {name} | {count} | {result['val_loss']:.4f} | {result['seconds']:.0f} |"
+        for (name, _, count), result in zip(plan, results, strict=True)
+    ]
+    return "\n".join(["| recipe | steps | val_loss | seconds |", "|---|---|---|---|", *rows])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run what is missing, then print tables and draw the figure; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=Path("learning"), help="without a suffix")
+    parser.add_argument("--config", default=str(ROOT / "config_cpu.yaml"))
+    parser.add_argument("--text", default=str(ROOT / "input.txt"), help="to train on")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (a GPU: 8)")
+    parser.add_argument("--quick", action="store_true", help="one comparison, one seed")
+    parser.add_argument("words", nargs="*", metavar="section.key=value", help="for every run")
+    arguments = parser.parse_args(argv)
+    config = config_reader.load(Path(arguments.config), arguments.words)
+    study = Study(
+        arguments.output, arguments.config, arguments.text,
+        [word for word in arguments.words if not word.startswith("training.train_steps=")],
+        config.training.train_steps, arguments.jobs,
+    )  # fmt: skip
+    study.read()
+    if arguments.quick:
+        print(quick(study))
+        return 0
+    rates = compare(study)
+    print(tables(study, rates))
+    print(draw(study, rates))
+    return 0
+
+
+if __name__ == "__main__":
+    cli.execute(main)
