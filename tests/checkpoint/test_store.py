@@ -30,7 +30,7 @@ import checkpoint as command
 from smollm.checkpoint import state, store
 from smollm.config import CheckpointConfig, TrainingConfig
 from smollm.errors import CheckpointError, ResourceError
-from smollm.training.optimizer import build_optimizer
+from smollm.training.optimizer import build_optimizers
 
 
 def test_a_checkpoint_has_its_files_and_loads(root):
@@ -206,7 +206,7 @@ def test_an_error_of_the_host_buffers_is_reported(monkeypatch):
         raise full
 
     monkeypatch.setattr(torch, "empty", refuse)
-    copy = state.HostCopy(model, build_optimizer(model, TrainingConfig()), True, print)
+    copy = state.HostCopy(model, build_optimizers(model, TrainingConfig()), True, print)
     with pytest.raises(RuntimeError, match="can't allocate memory"):
         copy.take()
 

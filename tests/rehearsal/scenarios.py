@@ -116,7 +116,7 @@ def peaks(recorder: pretend.Recorder, mode: str, how: str, *words: str) -> dict[
     from model import CausalLM
     from smollm import hardware
     from smollm.config_reader import load
-    from smollm.training.optimizer import build_optimizer
+    from smollm.training.optimizer import build_optimizers
 
     torch._dynamo.reset()
     config = load(ROOT / "config.yaml", list(words))
