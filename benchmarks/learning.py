@@ -68,7 +68,7 @@ ADAMW = Recipe(
         "training.optimizer": "adamw", "training.schedule": "linear",
         "training.min_learning_rate": 0.0, "training.adam_beta2": 0.99,
     },
-    4e-3,
+    2e-3,
 )  # fmt: skip
 MUON = Recipe(
     "Muon, tuned",
@@ -140,7 +140,8 @@ class Study:
     def about(self) -> dict[str, Any]:
         """What all runs have in common."""
         names = {"config": Path(self.config).name, "text": Path(self.text).name}
-        return {**names, "words": self.words, "steps": self.steps}
+        words = [word for word in self.words if not word.startswith("data.cache_dir=")]
+        return {**names, "words": words, "steps": self.steps}
 
     def save(self) -> None:
         """Write OUTPUT.json anew."""
@@ -245,6 +246,21 @@ def compare(study: Study) -> dict[str, float]:
         ]
     )
     return rates
+
+
+def tune(study: Study) -> str:
+    """The grids and the specification's recipe on one seed, as a table; for large models."""
+    plan = [
+        (SPECIFICATION, SPECIFICATION.first_rate),
+        *((recipe, rate) for recipe in (ADAMW, MUON) for rate in first_grid(recipe)),
+    ]
+    results = study.results([study.tuning(recipe, rate) for recipe, rate in plan])
+    rows = [
+        f"| {recipe.name} | {rate:g} | {result['val_loss']:.4f} |"
+        for (recipe, rate), result in zip(plan, results, strict=True)
+    ]
+    title = f"| recipe | learning rate | val_loss after {study.steps} steps |"
+    return "\n".join([title, "|---|---|---|", *rows])
 
 
 def variations(rates: dict[str, float]) -> dict[str, Words]:
@@ -393,6 +409,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--text", default=str(ROOT / "input.txt"), help="to train on")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (a GPU: 8)")
     parser.add_argument("--quick", action="store_true", help="one comparison, one seed")
+    parser.add_argument("--tune", action="store_true", help="only the grids of rates, one seed")
     parser.add_argument("words", nargs="*", metavar="section.key=value", help="for every run")
     arguments = parser.parse_args(argv)
     config = config_reader.load(Path(arguments.config), arguments.words)
@@ -404,6 +421,9 @@ def main(argv: list[str] | None = None) -> int:
     study.read()
     if arguments.quick:
         print(quick(study))
+        return 0
+    if arguments.tune:
+        print(tune(study))
         return 0
     rates = compare(study)
     print(tables(study, rates))

@@ -127,7 +127,7 @@ def peaks(recorder: pretend.Recorder, mode: str, how: str, *words: str) -> dict[
         with torch.device("cuda"):
             model = CausalLM(config.model, machine.dtype, machine.attention.name)
         model.train().model.gradient_checkpointing = mode
-        optimizer = build_optimizer(model, config.training)
+        (optimizer,) = build_optimizers(model, config.training)
         if how != "eager":
             hardware.compile_model(model, machine, fullgraph=True)
         if how == "compiled":  # anew: one graph for every size
