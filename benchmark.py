@@ -288,6 +288,11 @@ def _check(arguments: argparse.Namespace, config: Config) -> None:
             f"--peer {','.join(arguments.peer)}: {' and '.join(missing)} cannot be imported; "
             "pip install -r requirements-dev.txt, or leave --peer out"
         )
+    if arguments.peer and "train" in arguments.only and config.training.optimizer != "adamw":
+        raise ConfigError(
+            f"training.optimizer {config.training.optimizer}: the peers train with AdamW; add "
+            "training.optimizer=adamw, or leave --peer out"
+        )
     if "tokenize" in arguments.only:
         given = [path for s in files.find(config.data.input_files, print) for path in s.files]
         plain = len(given) == 1 and str(given[0]) == config.data.input_files[0]

@@ -1,14 +1,16 @@
 """Compare what optimizers and schedules learn from the same steps: python benchmarks/learning.py
 
-    python benchmarks/learning.py --quick                              # one comparison, minutes
-    python benchmarks/learning.py --output benchmarks/learning_input   # all of it, for input.txt
-    python benchmarks/learning.py --output benchmarks/learning_large --text debian.jsonl \\
-        training.train_steps=400 training.batch_size=16
+    python benchmarks/learning.py --quick                      # one comparison, minutes
+    python benchmarks/learning.py --changes --output benchmarks/learning_input
+    python benchmarks/learning.py --text debian.jsonl --output benchmarks/learning_large \\
+        training.train_steps=400 training.batch_size=32        # debian_text.py makes the text
 
-Each run is train.py with words of its own. A schedule is stretched to the run's own length (the
-warm-up is a tenth of it), and ends are compared, never middles. The rate of each recipe is the best
-of a factor-of-two grid on one seed, which grows until its best is inside. What is done is kept in
-OUTPUT.json: the same command goes on where it was. Words `section.key=value` hold for all runs.
+Model, tokenizer and text are the configuration's (config_cpu.yaml), the recipes are written below,
+and a step is 16 sequences, for 350 steps, where no words `section.key=value` say otherwise; words
+hold for all runs. Each run is train.py, a process of its own. A schedule is stretched to the run's
+own length (the warm-up is a tenth of it), and ends are compared, never middles. The rate of each
+recipe is the best of a factor-of-two grid on one seed, which grows until its best is inside. What
+is done is kept in OUTPUT.json: the same command goes on where it was, and draws OUTPUT.png anew.
 """
 
 from __future__ import annotations
@@ -31,8 +33,13 @@ sys.path.insert(0, str(ROOT))
 from smollm import atomic, cli, config_reader  # noqa: E402 - the line above finds it
 from smollm.errors import ConfigError, UserError  # noqa: E402
 
+DEFAULTS = (  # of the words: the same steps whatever recipe the configuration has
+    "training.train_steps=350", "training.batch_size=16",
+    "training.gradient_accumulation_steps=1",
+)  # fmt: skip
+NO_DIFFERENCE = ("training.train_steps", "training.compile", "data.cache_dir")  # to the losses
 SEEDS = (42, 43, 44)
-QUICK_RATES = {"AdamW, tuned": 4e-3, "Muon, tuned": 4e-3}
+QUICK_RATES = {"AdamW, tuned": 2e-3, "Muon, tuned": 4e-3}  # what the whole study found
 TENTH = 0.1  # of a run, for its warm-up
 HORIZONS = (0.25, 0.3, 0.4, 0.5, 0.55, 0.6, 0.7, 0.8)  # of the full length
 QUICK_HORIZONS = (0.4, 0.55)
@@ -59,6 +66,7 @@ SPECIFICATION = Recipe(
     {
         "training.optimizer": "adamw", "training.schedule": "cosine",
         "training.min_learning_rate": 5e-5, "training.adam_beta2": 0.95,
+        "training.weight_decay": 0.1,
     },
     5e-4,
 )  # fmt: skip
@@ -67,6 +75,7 @@ ADAMW = Recipe(
     {
         "training.optimizer": "adamw", "training.schedule": "linear",
         "training.min_learning_rate": 0.0, "training.adam_beta2": 0.99,
+        "training.weight_decay": 0.1,
     },
     2e-3,
 )  # fmt: skip
@@ -75,23 +84,19 @@ MUON = Recipe(
     {
         "training.optimizer": "muon", "training.schedule": "linear",
         "training.min_learning_rate": 0.0, "training.adam_beta2": 0.99,
+        "training.weight_decay": 0.1,
     },
     4e-3,
 )  # fmt: skip
 # One change each, at the tuned rate and on all seeds.
-VARIATIONS: dict[str, tuple[Recipe, Words]] = {
-    **{
-        f"{recipe.name}, adam_beta2 {value}": (recipe, {"training.adam_beta2": value})
-        for recipe in (ADAMW, MUON)
-        for value in (0.95, 0.98, 0.995)
-    },
-    "AdamW, tuned, cosine to zero": (ADAMW, {"training.schedule": "cosine"}),
-    "AdamW, tuned, wsd to zero": (ADAMW, {"training.schedule": "wsd"}),
-    "Muon, tuned, cosine to zero": (MUON, {"training.schedule": "cosine"}),
-    "Muon, tuned, wsd to zero": (MUON, {"training.schedule": "wsd"}),
-    "Muon, tuned, weight_decay 0": (MUON, {"training.weight_decay": 0.0}),
-    "Muon, tuned, weight_decay 0.3": (MUON, {"training.weight_decay": 0.3}),
-    "Muon, tuned, dropout 0.1": (MUON, {"model.dropout": 0.1}),
+CHANGES: dict[str, Words] = {
+    "adam_beta2 0.95": {"training.adam_beta2": 0.95},
+    "adam_beta2 0.98": {"training.adam_beta2": 0.98},
+    "adam_beta2 0.995": {"training.adam_beta2": 0.995},
+    "cosine to zero": {"training.schedule": "cosine"},
+    "wsd to zero": {"training.schedule": "wsd"},
+    "weight_decay 1": {"training.weight_decay": 1.0},
+    "dropout 0.1": {"model.dropout": 0.1},
 }
 
 
@@ -105,6 +110,7 @@ class Study:
     words: list[str]  # section.key=value, for every run
     steps: int  # of a full run
     jobs: int = 1
+    changes: bool = False  # also runs with one change each
     runs: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def results(self, wanted: list[Wanted]) -> list[dict[str, Any]]:
@@ -140,7 +146,8 @@ class Study:
     def about(self) -> dict[str, Any]:
         """What all runs have in common."""
         names = {"config": Path(self.config).name, "text": Path(self.text).name}
-        words = [word for word in self.words if not word.startswith("data.cache_dir=")]
+        given = dict(word.split("=", 1) for word in self.words)
+        words = {key: value for key, value in given.items() if key not in NO_DIFFERENCE}
         return {**names, "words": words, "steps": self.steps}
 
     def save(self) -> None:
@@ -154,12 +161,11 @@ class Study:
             temporary.write_text(about.replace('"runs": null', f'"runs": {{\n{rows}\n}}') + "\n")
 
     def _run(self, words: Words, steps: int, seed: int) -> dict[str, Any]:
-        """Train once; returns the loss at each evaluation, and what the last one said."""
-        every = steps  # ends are what counts
+        """Train once; returns what was measured at the end."""
         given = {
             **words, "training.seed": seed, "training.train_steps": steps,
-            "training.warmup_steps": round(TENTH * steps), "training.eval_steps": every,
-            "training.logging_steps": every, "training.save_steps": 999_999,
+            "training.warmup_steps": round(TENTH * steps), "training.eval_steps": steps,
+            "training.logging_steps": steps, "training.save_steps": 999_999,
             "training.sample_steps": 999_999, "generation.num_samples": 1,
         }  # fmt: skip
         threads = str(max(1, (os.cpu_count() or 1) // self.jobs))
@@ -179,19 +185,16 @@ class Study:
                 raise UserError(f"{key_of(words, steps, seed)}: {' '.join(said)}")
             lines = Path(folder, "logs", "metrics.jsonl").read_text().splitlines()
         events = [json.loads(line) for line in lines]
-        losses = [(e["step"], round(e["val_loss"], 5)) for e in events if e["event"] == "eval"]
-        last = [e for e in events if e["event"] == "eval"][-1]
-        trained = [e for e in events if e["event"] == "train"]
+        last = {event["event"]: event for event in events}  # of each kind, the one at the end
         return {
-            "val_loss": losses[-1][1],
-            "val_bits_per_byte": round(last["val_bits_per_byte"], 5),
-            "train_loss": round(trained[-1]["loss"], 5),
-            "seconds": round(trained[-1]["elapsed_seconds"], 2),
+            "val_loss": round(last["eval"]["val_loss"], 5),
+            "val_bits_per_byte": round(last["eval"]["val_bits_per_byte"], 5),
+            "train_loss": round(last["train"]["loss"], 5),
+            "seconds": round(last["train"]["elapsed_seconds"], 2),
             "device": next(
                 line.split(None, 1)[1] for line in done.stdout.splitlines() if "device " in line
             ),
-            "losses": losses,
-            "jobs": self.jobs,
+            "jobs": self.jobs,  # of several at a time the seconds say nothing
         }
 
     # --- what is compared ---
@@ -240,7 +243,11 @@ def compare(study: Study) -> dict[str, float]:
                     for recipe in (ADAMW, MUON)
                     for share in (*HORIZONS, 1.0)
                 ),
-                *((words, study.steps) for words in variations(rates).values()),
+                *(
+                    ({**recipe.at(rates[recipe.name]), **change}, study.steps)
+                    for change in (CHANGES.values() if study.changes else ())
+                    for recipe in (ADAMW, MUON)
+                ),
             ]
             for seed in SEEDS
         ]
@@ -261,14 +268,6 @@ def tune(study: Study) -> str:
     ]
     title = f"| recipe | learning rate | val_loss after {study.steps} steps |"
     return "\n".join([title, "|---|---|---|", *rows])
-
-
-def variations(rates: dict[str, float]) -> dict[str, Words]:
-    """The words of each variation, at its recipe's tuned rate."""
-    return {
-        name: {**recipe.at(rates[recipe.name]), **words}
-        for name, (recipe, words) in VARIATIONS.items()
-    }
 
 
 @dataclass(frozen=True)
@@ -325,19 +324,25 @@ def tables(study: Study, rates: dict[str, float]) -> str:
             for adamw in [ADAMW.at(rates[ADAMW.name])]
             for name, target in (("the specification's", specification), ("tuned AdamW's", tuned))
         ),
-        "",
-        f"| one change, {study.steps} steps | val_loss | difference | |",
-        "|---|---|---|---|",
     ]
-    for name, words in variations(rates).items():
-        recipe = VARIATIONS[name][0]
-        base = ends(study, recipe.at(rates[recipe.name]), study.steps)
-        found = ends(study, words, study.steps)
-        difference = found.mean - base.mean
-        claimed = abs(difference) >= 2 * max(found.spread, base.spread)
-        verdict = ("better" if difference < 0 else "worse") if claimed else "within the spread"
-        lines.append(f"| {name} | {found} | {difference:+.3f} | {verdict} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(change_rows(study, rates) if study.changes else [])])
+
+
+def change_rows(study: Study, rates: dict[str, float]) -> list[str]:
+    """A table of single changes; a difference below twice the spread is not claimed."""
+    lines = ["", f"| one change, {study.steps} steps | AdamW | Muon |", "|---|---|---|"]
+    for name, change in CHANGES.items():
+        cells = []
+        for recipe in (ADAMW, MUON):
+            words = recipe.at(rates[recipe.name])
+            base = ends(study, words, study.steps)
+            found = ends(study, {**words, **change}, study.steps)
+            difference = found.mean - base.mean
+            claimed = abs(difference) >= 2 * max(found.spread, base.spread)
+            verdict = ("better" if difference < 0 else "worse") if claimed else "no difference"
+            cells.append(f"{found}: {difference:+.3f}, {verdict}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
 
 
 def draw(study: Study, rates: dict[str, float]) -> Path:
@@ -384,7 +389,7 @@ def draw(study: Study, rates: dict[str, float]) -> Path:
 
 
 def quick(study: Study) -> str:
-    """One comparison, one seed, at the rates that the whole study found for config_cpu.yaml."""
+    """One comparison, one seed, without tuning."""
     seed, steps = SEEDS[0], study.steps
     plan = [
         (SPECIFICATION.name, SPECIFICATION.at(SPECIFICATION.first_rate), steps),
@@ -409,14 +414,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--text", default=str(ROOT / "input.txt"), help="to train on")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (a GPU: 8)")
     parser.add_argument("--quick", action="store_true", help="one comparison, one seed")
+    parser.add_argument("--changes", action="store_true", help="also runs with one change each")
     parser.add_argument("--tune", action="store_true", help="only the grids of rates, one seed")
     parser.add_argument("words", nargs="*", metavar="section.key=value", help="for every run")
     arguments = parser.parse_args(argv)
-    config = config_reader.load(Path(arguments.config), arguments.words)
+    words = [*DEFAULTS, *arguments.words]
+    config = config_reader.load(Path(arguments.config), words)  # raises for a misspelt one
     study = Study(
-        arguments.output, arguments.config, arguments.text,
-        [word for word in arguments.words if not word.startswith("training.train_steps=")],
-        config.training.train_steps, arguments.jobs,
+        arguments.output, arguments.config, arguments.text, words, config.training.train_steps,
+        arguments.jobs, arguments.changes,
     )  # fmt: skip
     study.read()
     if arguments.quick:

@@ -71,6 +71,8 @@ TINY = {
 LLAMA = (  # words that make the tiny model one of the other family, with one shared head
     "model.architecture=llama", "model.num_key_value_heads=1", "model.rope_theta=100000",
 )  # fmt: skip
+# The other optimizer and a schedule that ends at zero; tests that compare runs take both pairs.
+MUON = ("training.optimizer=muon", "training.schedule=wsd", "training.min_learning_rate=0")
 
 
 def write_tiny(directory: Path, text_bytes: int = 30_000) -> None:

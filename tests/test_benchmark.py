@@ -209,6 +209,7 @@ def test_wrong_usage_exits_2(monkeypatch, tmp_path, words, named):
         (("--json", "no/where.json"), ConfigError, 2, "no/where.json"),
         (("--json", "."), ConfigError, 2, "is a directory"),
         (("--input_file", "none.txt"), UserError, 3, "none.txt"),
+        (("--peer", "transformers", "training.optimizer=muon"), ConfigError, 2, "with AdamW"),
     ],
 )
 def test_what_cannot_work_is_said_before_measuring(monkeypatch, tmp_path, words, kind, code, named):

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from helpers import (
     LLAMA,
+    MUON,
     call,
     command,
     digest,
@@ -36,12 +37,12 @@ from smollm import atomic
 from smollm.checkpoint import store
 
 RESUME = ("--resume", "auto")
-FORTY = ("--train_steps", "40", *LLAMA)  # the other runs here are Starcoder2's
+FORTY = ("--train_steps", "40", *LLAMA, *MUON)  # the other runs: Starcoder2 with AdamW
 
 
 @pytest.fixture(scope="module")
 def forty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with an undisturbed run of 40 steps, of a Llama."""
+    """A directory with an undisturbed run of 40 steps, of a Llama with Muon."""
     return finished_run(tmp_path_factory, *FORTY)
 
 
@@ -332,26 +333,31 @@ def test_two_runs_on_one_directory(tmp_path: Path, tries: int) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("where", ["weight", "norm", "moment"])
+@pytest.mark.parametrize("where", ["weight", "norm", "moment", "momentum"])
 def test_not_finite_stops_before_the_update(tmp_path: Path, where: str, value: float) -> None:
     """N1: exit 4, the step and the last good checkpoint are named, nothing bad is saved."""
     write_tiny(tmp_path)
-    assert train(tmp_path, "--train_steps", "4").returncode == 0
+    words = MUON if where == "momentum" else ()
+    assert train(tmp_path, "--train_steps", "4", *words).returncode == 0
     directory = step_directory(tmp_path, 4)
     name, tensor = {
         "weight": ("model.safetensors", "model.layers.0.mlp.c_fc.weight"),
         "norm": ("model.safetensors", "model.norm.weight"),
         "moment": ("training_state.safetensors", "optimizer.exp_avg.model.norm.weight"),
+        "momentum": (
+            "training_state.safetensors",
+            "optimizer.momentum_buffer.model.layers.1.mlp.c_fc.weight",
+        ),
     }[where]
     tensors = load_file(directory / name)
     tensors[tensor].view(-1)[3] = value
     save_file(tensors, directory / name, metadata={"format": "pt"})
     reseal(directory, name)
 
-    result = train(tmp_path, *RESUME)
+    result = train(tmp_path, *RESUME, *words)
     assert result.returncode == 4, result.stdout
     assert "Traceback" not in result.stdout
-    if where == "moment":  # the moment poisons the weight at step 5, seen at the save or at step 6
+    if "moment" in where:  # the moment poisons the weight at step 5, seen at the save or at step 6
         assert "step 6" in result.stdout
     else:
         assert "step 5" in result.stdout and "step_000004" in result.stdout

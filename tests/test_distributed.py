@@ -16,6 +16,7 @@ import forked
 import pytest
 from helpers import (
     LLAMA,
+    MUON,
     ROOT,
     call,
     command,
@@ -79,25 +80,23 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def references(reference: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Such a run of each family."""
-    llama = finished_run(tmp_path_factory, "--train_steps", "20", *SETTINGS, *LLAMA)
-    return {"starcoder2": reference, "llama": llama}
+    """Such a run of each family, one with each optimizer."""
+    llama = finished_run(tmp_path_factory, "--train_steps", "20", *SETTINGS, *LLAMA, *MUON)
+    return {"adamw": reference, "muon": llama}
+
+
+WORDS = {"adamw": (), "muon": (*LLAMA, *MUON)}
 
 
 @pytest.mark.parametrize(
-    ("kind", "processes", "family"),
-    [
-        ("ddp", 2, "starcoder2"),
-        ("fsdp", 2, "starcoder2"),
-        ("ddp", 4, "llama"),
-        ("fsdp", 2, "llama"),
-    ],
+    ("kind", "processes", "optimizer"),
+    [("ddp", 2, "adamw"), ("fsdp", 2, "adamw"), ("ddp", 4, "muon"), ("fsdp", 2, "muon")],
 )
 def test_losses_are_those_of_one_process(
-    references: dict[str, Path], tmp_path: Path, kind: str, processes: int, family: str
+    references: dict[str, Path], tmp_path: Path, kind: str, processes: int, optimizer: str
 ) -> None:
     """The same sequences make up each step: losses and norms within 1e-4 over 20 steps."""
-    reference, words = references[family], LLAMA if family == "llama" else ()
+    reference, words = references[optimizer], WORDS[optimizer]
     write_tiny(tmp_path)
     result = on_ranks(tmp_path, processes, f"training.parallel={kind}", *words)
     assert result.returncode == 0, result.stdout
@@ -111,29 +110,45 @@ def test_losses_are_those_of_one_process(
     manifest = atomic.read_json(step_directory(tmp_path, 20) / "manifest.json")
     expected = atomic.read_json(step_directory(reference, 20) / "manifest.json")
     assert set(manifest["files"]) == set(expected["files"])
+    for name in ("model.safetensors", "training_state.safetensors"):
+        ours, theirs = (load_file(step_directory(d, 20) / name) for d in (tmp_path, reference))
+        shapes = [
+            {k: v.shape for k, v in each.items() if k[:4] != "rng."} for each in (ours, theirs)
+        ]
+        assert shapes[0] == shapes[1]
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_killed_and_resumed_on_one_process(reference: Path, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "optimizer"), [("ddp", "adamw"), ("fsdp", "muon")])
+def test_killed_and_resumed_on_one_process(
+    references: dict[str, Path], tmp_path: Path, kind: str, optimizer: str
+) -> None:
     """SIGKILL of a two-process run, then one process: the losses go on as they would have."""
     write_tiny(tmp_path)
-    words = (f"training.parallel={kind}", "--resume", "auto")
-    killed = on_ranks(tmp_path, 2, *words, FAULT="step.forward:kill:25")
+    words = ("--resume", "auto", *WORDS[optimizer])
+    killed = on_ranks(
+        tmp_path, 2, f"training.parallel={kind}", *words, FAULT="step.forward:kill:25"
+    )
     assert killed.returncode != 0
-    alone = train(tmp_path, "--train_steps", "20", *SETTINGS, "--resume", "auto")
+    alone = train(tmp_path, "--train_steps", "20", *SETTINGS, *words)
     assert alone.returncode == 0, alone.stdout
     assert "resumed from" in alone.stdout
-    assert losses(tmp_path) == pytest.approx(losses(reference), abs=1e-4)
+    assert losses(tmp_path) == pytest.approx(losses(references[optimizer]), abs=1e-4)
 
 
-def test_one_process_resumed_on_two(reference: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", WORDS)
+def test_one_process_resumed_on_two(
+    references: dict[str, Path], tmp_path: Path, optimizer: str
+) -> None:
     """The other way round, with FSDP."""
     write_tiny(tmp_path)
-    stopped = train(tmp_path, "--train_steps", "20", *SETTINGS, FAULT="step.forward:term:40")
+    words = WORDS[optimizer]
+    stopped = train(
+        tmp_path, "--train_steps", "20", *SETTINGS, *words, FAULT="step.forward:term:40"
+    )
     assert stopped.returncode == 143, stopped.stdout
-    resumed = on_ranks(tmp_path, 2, "training.parallel=fsdp", "--resume", "auto")
+    resumed = on_ranks(tmp_path, 2, "training.parallel=fsdp", "--resume", "auto", *words)
     assert resumed.returncode == 0, resumed.stdout
-    assert losses(tmp_path) == pytest.approx(losses(reference), abs=1e-4)
+    assert losses(tmp_path) == pytest.approx(losses(references[optimizer]), abs=1e-4)
     state = json.loads((step_directory(tmp_path, 20) / "trainer_state.json").read_text())
     assert state["world_size"] == 2
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from helpers import (
     LLAMA,
+    MUON,
     ROOT,
     call,
     digest,
@@ -24,6 +25,7 @@ from helpers import (
 from safetensors.torch import load_file
 
 KEEP_ALL = "checkpoint.keep_last=99"
+OTHERS = (*LLAMA, *MUON, "model.dropout=0.1")
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +44,8 @@ def _copy_of(reference: Path, tmp_path: Path, step: int) -> None:
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same of a Llama with dropout."""
-    words = ("training.save_steps=1", KEEP_ALL, *LLAMA, "model.dropout=0.1")
-    return finished_run(tmp_path_factory, *words)
+    """The same of a Llama with dropout and Muon."""
+    return finished_run(tmp_path_factory, "training.save_steps=1", KEEP_ALL, *OTHERS)
 
 
 @pytest.mark.parametrize("step", [*range(1, 12), "llama, 4", "llama, 9"])
@@ -55,7 +56,7 @@ def test_resume_at_every_step_is_bitwise(
     reference, words = request.getfixturevalue("reference"), []
     if isinstance(step, str):
         reference, step = request.getfixturevalue("llama"), int(step.split()[1])
-        words = [*LLAMA, "model.dropout=0.1"]
+        words = OTHERS
     _copy_of(reference, tmp_path, step)
     result = train(tmp_path, "--resume", "auto", "training.save_steps=1", KEEP_ALL, *words)
     assert result.returncode == 0, result.stdout
@@ -252,6 +253,66 @@ def test_the_rates_in_the_table_are_those_that_run(reference: Path, tmp_path: Pa
     assert "extended: the schedule ended at step 12 and is stretched to 24" in extended.stdout
     rate = [e["learning_rate"] for e in events(longer, "train") if e["step"] == 13][0]
     assert f"to {rate:.3g} at step 13" in extended.stdout
+
+
+def test_another_optimizer_is_refused(reference: Path, tmp_path: Path) -> None:
+    """Exit 2 in both directions and phases, with the two ways out; the second one works."""
+    _copy_of(reference, tmp_path, 12)
+    for script in ("train.py", "continue_training.py"):
+        words = ("--resume", "auto", "--train_steps", "14") if script == "train.py" else ()
+        result = train(tmp_path, *words, "training.optimizer=muon", script=script)
+        assert result.returncode == 2, result.stdout
+        assert "Traceback" not in result.stdout
+        assert "of training.optimizer adamw, and the configuration has muon" in result.stdout
+        assert "set training.optimizer=adamw" in result.stdout
+    again = train(
+        tmp_path, "--init_from", str(step_directory(tmp_path, 12)), *MUON, "--train_steps", "2",
+        run="new",
+    )  # fmt: skip
+    assert again.returncode == 0, again.stdout
+    back = train(tmp_path, "--resume", "auto", "--train_steps", "4", run="new")
+    assert back.returncode == 2
+    assert "of training.optimizer muon, and the configuration has adamw" in back.stdout
+
+
+def test_a_wsd_run_is_extended_from_before_its_decay(tmp_path: Path) -> None:
+    """README's way to train on for longer: the bits of a run that was as long from the start.
+
+    The last checkpoint before the decay stays although newer ones are kept; from a later one the
+    rate would rise again, and that is said.
+    """
+    write_tiny(tmp_path)
+    words = (*MUON, "checkpoint.keep_last=1", "checkpoint.keep_best=false", "training.save_steps=3")
+    assert train(tmp_path, *words, "training.save_steps=2").returncode == 0
+    kept = sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step_*"))
+    assert kept == ["step_000006", "step_000012"]  # the decay takes steps 8 to 12
+    longer = ("--train_steps", "24", *words)
+    before = str(step_directory(tmp_path, 6))
+    extended = train(tmp_path, "--resume", before, *longer, run="extended")
+    assert extended.returncode == 0, extended.stdout
+    assert "rate rises" not in extended.stdout
+    whole = train(tmp_path, *longer, run="whole")
+    assert "flat to step 14, wsd to 0 at step 24" in whole.stdout, whole.stdout
+    assert digest(tmp_path, 24, run="extended") == digest(tmp_path, 24, run="whole")
+    after = train(tmp_path, "--resume", "auto", *longer)
+    assert "the checkpoint lies in the decay of its schedule (steps 8 to 12)" in after.stdout
+    assert "extend from one of step 7 or before" in after.stdout
+
+
+def test_phase_2_after_an_end_at_zero_is_said(tmp_path: Path) -> None:
+    """It would learn nothing: the line names what to set, and that works."""
+    write_tiny(tmp_path)
+    for words in ([*MUON], ["training.schedule=cosine", "training.min_learning_rate=0"]):
+        run = words[0]
+        assert train(tmp_path, *words, run=run).returncode == 0
+        still = train(tmp_path, *words, script="continue_training.py", run=run)
+        assert still.returncode == 0, still.stdout
+        said = "warning: the learning rate of steps 13 to 16 is 0: nothing is learned; set "
+        assert said + "training.min_learning_rate, such as 0.0001" in still.stdout
+    words[-1] = "training.min_learning_rate=1e-4"
+    moved = train(tmp_path, *words, "--train_steps", "8", script="continue_training.py", run=run)
+    assert "nothing is learned" not in moved.stdout
+    assert events(tmp_path, "train", run=run)[-1]["learning_rate"] == 1e-4
 
 
 def test_continue_after_a_short_phase_1_keeps_its_schedule(reference: Path, tmp_path: Path) -> None:
