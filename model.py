@@ -500,7 +500,6 @@ class ParameterCount(NamedTuple):
 
     total: int
     matrices: int  # in matrices, which are weight-decayed
-    hidden: int  # in the layers' matrices, which Muon can train
 
 
 @functools.cache
@@ -511,10 +510,9 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
         config: hashable.
     """
     with torch.device("meta"):
-        model = CausalLM(config)
-    matrices = sum(p.numel() for p in model.parameters() if p.ndim >= 2)
-    hidden = sum(p.numel() for p in model.model.layers.parameters() if p.ndim >= 2)
-    return ParameterCount(sum(p.numel() for p in model.parameters()), matrices, hidden)
+        parameters = list(CausalLM(config).parameters())
+    matrices = sum(p.numel() for p in parameters if p.ndim >= 2)
+    return ParameterCount(sum(p.numel() for p in parameters), matrices)
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int, causal: bool = True) -> int:

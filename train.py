@@ -54,7 +54,7 @@ def train(run: Run) -> None:
         log = taken and run.is_due(step, training.logging_steps)
         evaluate = taken and run.is_due(step, training.eval_steps)
         sample = taken and run.is_due(step, training.sample_steps)
-        save = taken and run.is_due(step, training.save_steps)
+        save = taken and run.saves(step)
         if not (log or evaluate or sample or save or run.checks_signals(step)):
             continue
 
@@ -132,6 +132,8 @@ def open_run(job: Job, save_dir: atomic.Held | None) -> Iterator[Run]:
         UserError: of any kind, from the set-up or from the training.
     """
     wandb_run.choose_mode(wandb_run.settings(job.config.wandb))  # raises for an unknown word
+    if job.resume_from:
+        resume.require_same_optimizer(job.config, job.resume_from)
     same = os.path.realpath(job.log_dir) == os.path.realpath(job.save_dir)  # store.lock holds it
     held = [save_dir] if save_dir else []
     with contextlib.ExitStack() as stack:

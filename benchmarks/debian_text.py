@@ -6,19 +6,25 @@ Needs Debian 12 (apt-get, dpkg-deb) and its network; installs nothing. The manua
 PostgreSQL, Git and zsh, the Debian handbook, the dictionary GCIDE and the Anarchist FAQ, without
 their HTML. One JSON object with the key `text` per line and document, in an order
 drawn from a hash of the text: the end of the file, which is held out, is of the same kind as the
-rest. The same packages give the same bytes.
+rest. The same packages give the same bytes; Debian replaces packages by newer ones now and then.
 """
 
-import argparse
 import gzip
 import hashlib
 import json
 import re
+import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from smollm import cli
+from smollm.errors import ConfigError, ResourceError
 
 PACKAGES = (
     "linux-doc-6.1", "python3.11-doc", "postgresql-doc-15", "git-doc", "zsh-doc",
@@ -88,25 +94,45 @@ def documents(root: Path) -> Iterator[str]:
             yield "\n".join(entries[start : start + ENTRIES])
 
 
-def main() -> None:
-    """Download, unpack, strip, and write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("output", type=Path, help="the .jsonl file to write")
-    output = parser.parse_args().output.resolve()
+def unpack(folder: Path) -> None:
+    """Download the packages and unpack them into `folder`.
+
+    Raises:
+        ConfigError: this is no Debian.
+        ResourceError: a package could not be had.
+    """
+    for tool in ("apt-get", "dpkg-deb"):
+        if shutil.which(tool) is None:
+            raise ConfigError(f"{tool} is not installed: this needs Debian 12")
+    try:
+        subprocess.run(["apt-get", "-q", "download", *PACKAGES], cwd=folder, check=True)
+        for package in sorted(folder.glob("*.deb")):
+            subprocess.run(["dpkg-deb", "-x", package, folder / "root"], check=True)
+    except subprocess.CalledProcessError as error:
+        raise ResourceError(
+            f"{error.cmd[0]} failed (see above); `apt-get update` first?"
+        ) from error
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Download, unpack, strip, and write; returns the exit code."""
+    parser = cli.ArgumentParser(description=__doc__)
+    parser.add_argument("output", type=cli.path, help="the .jsonl file to write")
+    output = parser.parse_args(argv).output.resolve()
+    if output.is_dir() or not output.parent.is_dir():
+        raise ConfigError(f"{output}: is a directory, or in none; name a file")
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(["apt-get", "download", *PACKAGES], cwd=folder, check=True)
-        for package in sorted(Path(folder).glob("*.deb")):
-            subprocess.run(["dpkg-deb", "-x", package, f"{folder}/root"], check=True)
+        unpack(Path(folder))
         found = {text for text in documents(Path(folder, "root")) if len(text) >= SHORTEST}
     ordered = sorted(found, key=lambda text: hashlib.sha256(text.encode()).digest())
-    with output.open("w", encoding="utf-8") as file:
-        for text in ordered:
-            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+    lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in ordered)
+    content = "".join(lines).encode()
+    output.write_bytes(content)
     size = sum(len(text.encode()) for text in ordered)
     print(f"{output}: {len(ordered):,} documents, {size / 1e6:.1f} MB of text")
+    print(f"sha256 {hashlib.sha256(content).hexdigest()}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    cli.execute(main)

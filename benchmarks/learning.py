@@ -15,9 +15,9 @@ is done is kept in OUTPUT.json: the same command goes on where it was, and draws
 
 from __future__ import annotations
 
-import argparse
 import concurrent.futures
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -27,17 +27,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from smollm import atomic, cli, config_reader
+from smollm.config import Config, to_dict
+from smollm.errors import ConfigError, DivergedError, InputError, UserError
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from smollm import atomic, cli, config_reader  # noqa: E402 - the line above finds it
-from smollm.errors import ConfigError, UserError  # noqa: E402
-
 DEFAULTS = (  # of the words: the same steps whatever recipe the configuration has
     "training.train_steps=350", "training.batch_size=16",
     "training.gradient_accumulation_steps=1",
 )  # fmt: skip
-NO_DIFFERENCE = ("training.train_steps", "training.compile", "data.cache_dir")  # to the losses
+# Keys that words must not set: each run does.
+SET_HERE = (
+    "training.optimizer", "training.schedule", "training.learning_rate",
+    "training.min_learning_rate", "training.adam_beta2", "training.weight_decay",
+    "training.warmup_steps", "training.seed", "training.eval_steps", "training.logging_steps",
+    "training.save_steps", "training.sample_steps", "generation.num_samples",
+)  # fmt: skip
+# Keys that make no difference to a run's losses, or are kept beside the settings.
+NO_DIFFERENCE = (
+    "training.train_steps", "training.continue_steps", "training.compile", "data.cache_dir",
+    "data.input_files",
+)  # fmt: skip
 SEEDS = (42, 43, 44)
 QUICK_RATES = {"AdamW, tuned": 2e-3, "Muon, tuned": 4e-3}  # what the whole study found
 TENTH = 0.1  # of a run, for its warm-up
@@ -105,10 +117,11 @@ class Study:
     """Runs of one configuration on one text, and where their results are kept."""
 
     output: Path  # without its suffix
-    config: str
-    text: str
+    config: Path
+    text: Path
     words: list[str]  # section.key=value, for every run
     steps: int  # of a full run
+    about: dict[str, Any]  # what all runs have in common
     jobs: int = 1
     changes: bool = False  # also runs with one change each
     runs: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -119,36 +132,47 @@ class Study:
         missing = {k: each for k, each in zip(keys, wanted, strict=True) if k not in self.runs}
         with concurrent.futures.ThreadPoolExecutor(self.jobs) as pool:
             futures = {pool.submit(self._run, *each): key for key, each in missing.items()}
-            for future in concurrent.futures.as_completed(futures):
-                key = futures[future]
-                self.runs[key] = future.result()
+            try:
+                for future in concurrent.futures.as_completed(futures):
+                    self._keep(futures[future], future.result())
+            except BaseException:  # those that have begun are waited for, and kept
+                pool.shutdown(cancel_futures=True)
+                for future, key in futures.items():
+                    if not future.cancelled() and future.exception() is None:
+                        self.runs[key] = future.result()
                 self.save()
-                found = self.runs[key]
-                seconds = f"{found['seconds']:.0f} s" if self.jobs == 1 else ""
-                print(f"val_loss {found['val_loss']:.4f}  {seconds:>6}  {key}", flush=True)
+                raise
         return [self.runs[key] for key in keys]
+
+    def _keep(self, key: str, result: dict[str, Any]) -> None:
+        """Take over a run's result, and say it."""
+        self.runs[key] = result
+        self.save()
+        seconds = f"{result['seconds']:.0f} s" if self.jobs == 1 else ""
+        print(f"val_loss {result['val_loss']:.4f}  {seconds:>6}  {key}", flush=True)
 
     def read(self) -> None:
         """Take over what OUTPUT.json holds.
 
         Raises:
-            ConfigError: it is of another study.
+            ConfigError: it is of another study, or none; or it could not be written.
         """
         path = self.output.with_suffix(".json")
+        if not path.parent.is_dir():
+            raise ConfigError(f"--output {self.output}: {path.parent} is no directory")
         if not path.exists():
             return
-        before = atomic.read_json(path)
-        for name, value in self.about().items():
-            if before[name] != value:
-                raise ConfigError(f"{path}: its {name} is {before[name]!r}, not {value!r}")
-        self.runs = before["runs"]
-
-    def about(self) -> dict[str, Any]:
-        """What all runs have in common."""
-        names = {"config": Path(self.config).name, "text": Path(self.text).name}
-        given = dict(word.split("=", 1) for word in self.words)
-        words = {key: value for key, value in given.items() if key not in NO_DIFFERENCE}
-        return {**names, "words": words, "steps": self.steps}
+        try:
+            before = atomic.read_json(path)
+            runs = before["runs"]
+            changed = [key for key, value in self.about.items() if before[key] != value]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path}: is not of this program; name another --output") from error
+        if changed:
+            raise ConfigError(
+                f"{path}: holds runs with other {', '.join(changed)}; name another --output"
+            )
+        self.runs = runs
 
     def save(self) -> None:
         """Write OUTPUT.json anew."""
@@ -156,7 +180,7 @@ class Study:
         with atomic.replacing(path) as temporary:
             runs = dict(sorted(self.runs.items()))
             lines = [f"  {json.dumps(key)}: {json.dumps(run)}" for key, run in runs.items()]
-            about = json.dumps({**self.about(), "runs": None})
+            about = json.dumps({**self.about, "runs": None})
             rows = ",\n".join(lines)
             temporary.write_text(about.replace('"runs": null', f'"runs": {{\n{rows}\n}}') + "\n")
 
@@ -172,17 +196,19 @@ class Study:
         with tempfile.TemporaryDirectory() as folder:
             done = subprocess.run(
                 [
-                    sys.executable, str(ROOT / "train.py"), "--config", self.config,
-                    "--input_file", self.text, "--save_dir", f"{folder}/checkpoints",
+                    sys.executable, str(ROOT / "train.py"), "--config", str(self.config),
+                    "--input_file", str(self.text), "--save_dir", f"{folder}/checkpoints",
                     "--log_dir", f"{folder}/logs", *self.words,
                     *(f"{key}={value}" for key, value in given.items()),
                 ],
                 env={"OMP_NUM_THREADS": threads, **os.environ, "WANDB_MODE": "disabled"},
                 capture_output=True, text=True,
             )  # fmt: skip
+            if done.returncode == DivergedError.exit_code:  # the rate was too large
+                return {"val_loss": math.inf, "seconds": 0.0, "jobs": self.jobs}
             if done.returncode:
                 said = f"{done.stdout}{done.stderr}".strip().splitlines()[-1:]
-                raise UserError(f"{key_of(words, steps, seed)}: {' '.join(said)}")
+                raise UserError(f"{key_of(words, steps, seed)}: {' '.join(said)}", done.returncode)
             lines = Path(folder, "logs", "metrics.jsonl").read_text().splitlines()
         events = [json.loads(line) for line in lines]
         last = {event["event"]: event for event in events}  # of each kind, the one at the end
@@ -213,6 +239,12 @@ class Study:
         """One run of the grid."""
         return recipe.at(rate), self.steps, SEEDS[0]
 
+    def grid(self, recipe: Recipe) -> dict[float, float]:
+        """The losses of the rates that were tried."""
+        rates = [recipe.first_rate * 2.0**power for power in range(-8, 9)]
+        found = {rate: self.runs.get(key_of(*self.tuning(recipe, rate))) for rate in rates}
+        return {rate: result["val_loss"] for rate, result in found.items() if result}
+
     def horizon(self, share: float) -> int:
         """A share of the full length, in steps."""
         return round(share * self.steps)
@@ -227,6 +259,21 @@ def key_of(words: Words, steps: int, seed: int) -> str:
     """The name of a run: its words without `training.`, its steps and its seed."""
     parts = [f"{k.removeprefix('training.')}={v}" for k, v in sorted(words.items())]
     return " ".join([*parts, f"steps={steps}", f"seed={seed}"])
+
+
+def about_of(config: Config, text_sha256: str) -> dict[str, Any]:
+    """What all runs of a study have in common: settings beside the defaults, text, steps."""
+    defaults, values = to_dict(Config()), to_dict(config)
+    settings = {
+        f"{section}.{key}": value
+        for section, keys in values.items()
+        for key, value in keys.items()
+        if value != defaults[section][key]
+    }
+    apart = (*SET_HERE, *NO_DIFFERENCE)
+    settings = {key: value for key, value in settings.items() if key not in apart}
+    steps = config.training.train_steps
+    return {"settings": settings, "text_sha256": text_sha256, "steps": steps}
 
 
 def compare(study: Study) -> dict[str, float]:
@@ -257,14 +304,14 @@ def compare(study: Study) -> dict[str, float]:
 
 def tune(study: Study) -> str:
     """The grids and the specification's recipe on one seed, as a table; for large models."""
-    plan = [
-        (SPECIFICATION, SPECIFICATION.first_rate),
-        *((recipe, rate) for recipe in (ADAMW, MUON) for rate in first_grid(recipe)),
-    ]
-    results = study.results([study.tuning(recipe, rate) for recipe, rate in plan])
+    study.results([study.tuning(r, rate) for r in (ADAMW, MUON) for rate in first_grid(r)])
+    for recipe in (ADAMW, MUON):
+        study.tuned_rate(recipe)
+    study.results([study.tuning(SPECIFICATION, SPECIFICATION.first_rate)])
     rows = [
-        f"| {recipe.name} | {rate:g} | {result['val_loss']:.4f} |"
-        for (recipe, rate), result in zip(plan, results, strict=True)
+        f"| {recipe.name} | {rate:g} | {loss:.4f} |"
+        for recipe in (SPECIFICATION, ADAMW, MUON)
+        for rate, loss in study.grid(recipe).items()
     ]
     title = f"| recipe | learning rate | val_loss after {study.steps} steps |"
     return "\n".join([title, "|---|---|---|", *rows])
@@ -306,8 +353,8 @@ def steps_to(study: Study, words: Words, target: float) -> str:
 def tables(study: Study, rates: dict[str, float]) -> str:
     """What was measured, in Markdown."""
     specification = ends(study, SPECIFICATION.at(SPECIFICATION.first_rate), study.steps)
-    tuned = ends(study, ADAMW.at(rates[ADAMW.name]), study.steps)
-    muon = MUON.at(rates[MUON.name])
+    adamw, muon = ADAMW.at(rates[ADAMW.name]), MUON.at(rates[MUON.name])
+    tuned = ends(study, adamw, study.steps)
     lines = [
         "| recipe | learning rate | val_loss after "
         f"{study.steps} steps: mean of three seeds (spread) |",
@@ -321,7 +368,6 @@ def tables(study: Study, rates: dict[str, float]) -> str:
         *(
             f"| {name}: {target.mean:.3f} | {steps_to(study, adamw, target.mean)} | "
             f"{steps_to(study, muon, target.mean)} |"
-            for adamw in [ADAMW.at(rates[ADAMW.name])]
             for name, target in (("the specification's", specification), ("tuned AdamW's", tuned))
         ),
     ]
@@ -354,12 +400,7 @@ def draw(study: Study, rates: dict[str, float]) -> Path:
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for recipe, color in ((ADAMW, "tab:blue"), (MUON, "tab:red")):
-        tried = [rate * 2.0**power for rate in [recipe.first_rate] for power in range(-6, 7)]
-        grid = {
-            rate: study.runs[key]["val_loss"]
-            for rate in tried
-            if (key := key_of(*study.tuning(recipe, rate))) in study.runs
-        }
+        grid = study.grid(recipe)
         left.plot(grid.keys(), grid.values(), "o-", color=color, label=recipe.name)
         words, shares = recipe.at(rates[recipe.name]), (*HORIZONS, 1.0)
         found = [ends(study, words, study.horizon(share)) for share in shares]
@@ -406,23 +447,31 @@ def quick(study: Study) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run what is missing, then print tables and draw the figure; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = cli.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--output", type=cli.path, default=Path("learning"), help="without a suffix"
     )
-    parser.add_argument("--output", type=Path, default=Path("learning"), help="without a suffix")
-    parser.add_argument("--config", default=str(ROOT / "config_cpu.yaml"))
-    parser.add_argument("--text", default=str(ROOT / "input.txt"), help="to train on")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (a GPU: 8)")
+    parser.add_argument("--config", type=cli.path, default=ROOT / "config_cpu.yaml")
+    parser.add_argument("--text", type=cli.path, default=ROOT / "input.txt", help="to train on")
+    parser.add_argument(
+        "--jobs", type=cli.positive_integer, default=1, help="runs at the same time (a GPU: 8)"
+    )
     parser.add_argument("--quick", action="store_true", help="one comparison, one seed")
     parser.add_argument("--changes", action="store_true", help="also runs with one change each")
     parser.add_argument("--tune", action="store_true", help="only the grids of rates, one seed")
     parser.add_argument("words", nargs="*", metavar="section.key=value", help="for every run")
     arguments = parser.parse_args(argv)
     words = [*DEFAULTS, *arguments.words]
-    config = config_reader.load(Path(arguments.config), words)  # raises for a misspelt one
+    if taken := sorted({word.partition("=")[0] for word in words} & set(SET_HERE)):
+        raise ConfigError(f"{', '.join(taken)}: set by the recipes in {__file__}")
+    config = config_reader.load(arguments.config, words)  # raises for a misspelt one
+    try:
+        digest = atomic.sha256(arguments.text)
+    except OSError as error:
+        raise InputError(f"--text {arguments.text}: {error.strerror}") from error
     study = Study(
         arguments.output, arguments.config, arguments.text, words, config.training.train_steps,
-        arguments.jobs, arguments.changes,
+        about_of(config, digest), arguments.jobs, arguments.changes,
     )  # fmt: skip
     study.read()
     if arguments.quick:

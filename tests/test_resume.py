@@ -265,8 +265,9 @@ def test_another_optimizer_is_refused(reference: Path, tmp_path: Path) -> None:
         assert "Traceback" not in result.stdout
         assert "of training.optimizer adamw, and the configuration has muon" in result.stdout
         assert "set training.optimizer=adamw" in result.stdout
+        assert "train.py --init_from run/checkpoints/step_000012" in result.stdout
     again = train(
-        tmp_path, "--init_from", str(step_directory(tmp_path, 12)), *MUON, "--train_steps", "2",
+        tmp_path, "--init_from", "run/checkpoints/step_000012", *MUON, "--train_steps", "2",
         run="new",
     )  # fmt: skip
     assert again.returncode == 0, again.stdout
@@ -276,43 +277,63 @@ def test_another_optimizer_is_refused(reference: Path, tmp_path: Path) -> None:
 
 
 def test_a_wsd_run_is_extended_from_before_its_decay(tmp_path: Path) -> None:
-    """README's way to train on for longer: the bits of a run that was as long from the start.
+    """README's way to train for longer: the bits of a run that was as long from the start.
 
-    The last checkpoint before the decay stays although newer ones are kept; from a later one the
-    rate would rise again, and that is said.
+    The checkpoint at the start of the decay is saved and stays, whatever save_steps and keep_last
+    are, and also where the run goes on with another schedule; from a later one the rate would rise
+    again, and that is said.
     """
     write_tiny(tmp_path)
-    words = (*MUON, "checkpoint.keep_last=1", "checkpoint.keep_best=false", "training.save_steps=3")
-    assert train(tmp_path, *words, "training.save_steps=2").returncode == 0
-    kept = sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step_*"))
-    assert kept == ["step_000006", "step_000012"]  # the decay takes steps 8 to 12
+    words = (*MUON, "checkpoint.keep_last=1", "checkpoint.keep_best=false")
+    assert train(tmp_path, *words, "training.save_steps=100").returncode == 0
+    saved = tmp_path / "run/checkpoints"
+    assert sorted(path.name for path in saved.glob("step_*")) == ["step_000007", "step_000012"]
+    listed = call(tmp_path, [sys.executable, str(ROOT / "checkpoint.py"), "list", str(saved)])
+    assert "before the decay" in listed.stdout, listed.stdout
     longer = ("--train_steps", "24", *words)
-    before = str(step_directory(tmp_path, 6))
+    before = str(step_directory(tmp_path, 7))
     extended = train(tmp_path, "--resume", before, *longer, run="extended")
     assert extended.returncode == 0, extended.stdout
-    assert "rate rises" not in extended.stdout
+    assert "the rate goes from" not in extended.stdout
     whole = train(tmp_path, *longer, run="whole")
     assert "flat to step 14, wsd to 0 at step 24" in whole.stdout, whole.stdout
     assert digest(tmp_path, 24, run="extended") == digest(tmp_path, 24, run="whole")
     after = train(tmp_path, "--resume", "auto", *longer)
-    assert "the checkpoint lies in the decay of its schedule (steps 8 to 12)" in after.stdout
-    assert "extend from one of step 7 or before" in after.stdout
+    assert (
+        "warning: the rate goes from 0 to 0.001 at step 13: the checkpoint is past" in after.stdout
+    )
+    assert "go on from the checkpoint of step 7" in after.stdout
+    second = train(
+        tmp_path,
+        *words,
+        "training.schedule=constant",
+        "--start_step",
+        "24",
+        script="continue_training.py",
+    )
+    assert second.returncode == 0, second.stdout
+    kept = [path.name[-2:] for path in sorted(saved.glob("step_*"))]
+    assert kept == ["07", "12", "14", "24", "28"], kept
 
 
 def test_phase_2_after_an_end_at_zero_is_said(tmp_path: Path) -> None:
-    """It would learn nothing: the line names what to set, and that works."""
+    """It would learn nothing: the line names what to set, and that works; phase 1 says nothing."""
     write_tiny(tmp_path)
-    for words in ([*MUON], ["training.schedule=cosine", "training.min_learning_rate=0"]):
-        run = words[0]
-        assert train(tmp_path, *words, run=run).returncode == 0
-        still = train(tmp_path, *words, script="continue_training.py", run=run)
-        assert still.returncode == 0, still.stdout
-        said = "warning: the learning rate of steps 13 to 16 is 0: nothing is learned; set "
-        assert said + "training.min_learning_rate, such as 0.0001" in still.stdout
-    words[-1] = "training.min_learning_rate=1e-4"
-    moved = train(tmp_path, *words, "--train_steps", "8", script="continue_training.py", run=run)
+    linear = ("training.schedule=linear", "training.min_learning_rate=0")
+    assert train(tmp_path, *linear, FAULT="evaluate:term:2").returncode == 143
+    evaluated = train(tmp_path, *linear, "--resume", "auto")  # no step is left
+    assert evaluated.returncode == 0 and "nothing is learned" not in evaluated.stdout
+    still = train(tmp_path, *linear, script="continue_training.py")
+    assert still.returncode == 0, still.stdout
+    said = "warning: the learning rate of steps 13 to 16 is 0: nothing is learned; set "
+    assert said + "training.min_learning_rate, such as 0.0001" in still.stdout
+    moved = train(
+        tmp_path, "training.min_learning_rate=1e-4", "--train_steps", "8",
+        script="continue_training.py",
+    )  # fmt: skip
     assert "nothing is learned" not in moved.stdout
-    assert events(tmp_path, "train", run=run)[-1]["learning_rate"] == 1e-4
+    assert "the rate goes from 0 to 0.0001 at step 17" in moved.stdout, moved.stdout
+    assert events(tmp_path, "train")[-1]["learning_rate"] == 1e-4
 
 
 def test_continue_after_a_short_phase_1_keeps_its_schedule(reference: Path, tmp_path: Path) -> None:

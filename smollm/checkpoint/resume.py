@@ -148,6 +148,18 @@ def completion(directory: Path | None, phase: int, last: int) -> str | None:
     return None
 
 
+def require_same_optimizer(config: Config, directory: Path) -> None:
+    """Raise ConfigError where a checkpoint holds the state of another optimizer."""
+    saved = from_saved(store.read_trainer_state(directory)["config"], str(directory))
+    was, now = saved.training.optimizer, config.training.optimizer
+    if was != now:
+        raise ConfigError(
+            f"{directory}: holds the state of training.optimizer {was}, and the configuration has "
+            f"{now}; set training.optimizer={was}, or start a run of {now} with its weights: "
+            f"train.py --init_from {directory} and another --save_dir"
+        )
+
+
 def is_of(save_dir: Path, directory: Path) -> bool:
     """Whether a checkpoint lies in a save_dir, by whatever path it was named."""
     return directory.resolve().parent == save_dir.resolve()
@@ -171,7 +183,6 @@ def check_compatible(
 
     Raises:
         CheckpointError: they differ from the checkpoint's.
-        ConfigError: the optimizer differs from the checkpoint's.
     """
     changed = changed_input(fingerprint, saved.trainer_state)
     if changed and not config.data.allow_changed_input:
@@ -188,13 +199,6 @@ def check_compatible(
                 f"the checkpoint of step {saved.step} has model.{key} {was}, and the "
                 f"configuration {now}: that is another model; set model.{key}={was}"
             )
-    was, now = old.training.optimizer, config.training.optimizer
-    if was != now:
-        raise ConfigError(
-            f"the checkpoint of step {saved.step} holds the state of training.optimizer {was}, and "
-            f"the configuration has {now}; set training.optimizer={was}, or start a run of {now} "
-            "with its weights: --init_from that checkpoint, and another --save_dir"
-        )
     lines = [f"changed since the checkpoint: {line}" for line in differences(old, config)]
     if changed:
         lines.append("another text: its epochs and its best loss are counted from here")

@@ -206,7 +206,7 @@ def is_finite(loss: Any) -> bool:
 
 
 def kept(root: Path, keep: CheckpointConfig, verify: bool = False) -> dict[int, list[str]]:
-    """Why each whole checkpoint is kept: newest, best, phase end, asked for; perhaps nothing.
+    """Why each whole checkpoint is kept; perhaps for nothing.
 
     Ordered by step, never by time. Damaged directories are ignored and
     never removed.
@@ -230,6 +230,8 @@ def kept(root: Path, keep: CheckpointConfig, verify: bool = False) -> dict[int, 
     for step in whole:
         if found[step].get("phase_end"):
             reasons[step].append(f"end of phase {found[step].get('phase')}")
+        if found[step].get("before_decay"):
+            reasons[step].append("before the decay")
         if step in keep.keep_steps:
             reasons[step].append("keep_steps")
     return reasons

@@ -14,7 +14,8 @@ from model import CausalLM, ModelConfig, count_parameters, head_rows, initialize
 from smollm import distributed, fault_injection, hardware, ranks
 from smollm.config import GRADIENT_CHECKPOINTING
 from smollm.errors import ResourceError
-from smollm.training.optimizer import micro_batches, optimizer_bytes
+from smollm.training import muon
+from smollm.training.optimizer import hidden_shapes, micro_batches, optimizer_bytes
 
 if TYPE_CHECKING:
     from smollm.training.run import Run
@@ -69,9 +70,11 @@ def peak_bytes(
     casts = parameters if checkpointing == "none" else 2 * vocabulary * model.hidden_size
     # Weights and optimizer; gradients, which are whole until the last micro-batch is reduced.
     fixed = (4 * parameters + optimizer_bytes(model, optimizer)) // shards + 4 * parameters
+    passes = tokens * (model.num_hidden_layers * kept + max(head, layer))
     if itemsize < 4:
-        fixed += itemsize * casts
-    return fixed + tokens * (model.num_hidden_layers * kept + max(head, layer))
+        passes += itemsize * casts
+    update = muon.step_bytes(hidden_shapes(model), itemsize) if optimizer == "muon" else 0
+    return fixed + max(passes, update)
 
 
 def _layer_bytes(

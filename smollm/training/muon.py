@@ -7,6 +7,7 @@ same with adjust_lr_fn="match_rms_adamw", one matrix after the other and without
 
 import itertools
 import math
+from collections import Counter
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +18,13 @@ MOMENTUM = 0.95  # decay of the gradients' running mean, with Nesterov's correct
 NEWTON_SCHULZ_STEPS = 5
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Keller Jordan's: singular values come near 1, fast
 ADAMW_RMS = 0.2  # of an element of AdamW's update, about (arXiv 2502.16982, section 2.2)
+LARGEST_BATCH = 2**25  # elements of matrices that are updated at a time: bounds the memory
 SMALLEST_NORM = 1e-7  # by which a matrix is divided, at least
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
-    """Nearly the nearest semi-orthogonal matrices: singular values become about 0.7 to 1.2.
+    """Nearly the nearest semi-orthogonal matrices: singular values become about 0.7 to 1.2, but
+    for the smallest ones, below about a hundredth of the norm.
 
     Five Newton-Schulz iterations of odd polynomials of degree 5, all matrices in one batch.
 
@@ -50,11 +53,27 @@ def update_scale(rows: int, columns: int) -> float:
     return ADAMW_RMS * math.sqrt(max(rows, columns))
 
 
+def batch_size(numel: int) -> int:
+    """How many matrices of so many elements are updated at a time."""
+    return max(1, LARGEST_BATCH // numel)
+
+
+def step_bytes(shapes: Counter[tuple[int, ...]], itemsize: int) -> int:
+    """Memory that a step takes for itself, at most: five copies of a batch, in its dtype.
+
+    Args:
+        shapes: of the matrices, with their numbers.
+        itemsize: bytes of the dtype that it iterates in.
+    """
+    sizes = ((math.prod(shape), count) for shape, count in shapes.items())
+    return max(5 * itemsize * numel * min(count, batch_size(numel)) for numel, count in sizes)
+
+
 class Muon(torch.optim.Optimizer):
     """Muon for matrices; matrices of one shape are updated together.
 
     Where a model is sharded (FSDP2), each process keeps its shard of the momentum; the whole
-    updates are gathered and orthogonalized by every process.
+    updates are gathered, one batch at a time, and orthogonalized by every process.
 
     Args:
         parameters: matrices of one device.
@@ -88,21 +107,32 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:
         """Update every matrix; waits for the device nowhere."""
         for group, buffer in zip(self.param_groups, self.buffers, strict=True):
-            weights = [distributed.local(p) for p in group["params"]]
-            gradients = torch.stack([distributed.local(p.grad) for p in group["params"]])
-            blend, shrink = 1 - MOMENTUM, 1 - group["lr"] * group["weight_decay"]
-            first = group["params"][0]
-            scale = -group["lr"] * update_scale(*first.shape)
-            if self.found_inf is not None:  # multiplying by 0 would leave NaN as it is
-                bad = self.found_inf != 0
-                gradients = torch.where(bad, 0.0, gradients)
-                blend, shrink, scale = (
-                    torch.where(bad, neutral, torch.full_like(self.found_inf, value))
-                    for neutral, value in ((0.0, blend), (1.0, shrink), (0.0, scale))
-                )
-            buffer.lerp_(gradients, blend)
-            update = gradients.lerp_(buffer, MOMENTUM)
-            whole = distributed.gather_rows(update.to(self.dtype), first)
-            update = distributed.own_rows(orthogonalize(whole, self.dtype), first)
-            torch._foreach_mul_(weights, shrink)
-            torch._foreach_add_(weights, (update.float() * scale).unbind())
+            parameters = group["params"]
+            count = batch_size(parameters[0].numel())
+            for start in range(0, len(parameters), count):
+                chosen = slice(start, start + count)
+                self._update(parameters[chosen], buffer[chosen], group["lr"], group["weight_decay"])
+
+    def _update(
+        self, parameters: list[nn.Parameter], buffer: Tensor, lr: float, weight_decay: float
+    ) -> None:
+        """Update matrices of one shape, whose momentum is `buffer`."""
+        weights = [distributed.local(p) for p in parameters]
+        gradients = torch.stack([distributed.local(p.grad) for p in parameters])
+        first = parameters[0]
+        blend, shrink = 1 - MOMENTUM, 1 - lr * weight_decay
+        scale = -lr * update_scale(*first.shape)
+        if self.found_inf is not None:  # multiplying by 0 would leave NaN as it is
+            bad = self.found_inf != 0
+            gradients.masked_fill_(bad, 0.0)
+            blend, shrink, scale = (
+                torch.where(bad, neutral, torch.full_like(self.found_inf, value))
+                for neutral, value in ((0.0, blend), (1.0, shrink), (0.0, scale))
+            )
+        buffer.lerp_(gradients, blend)
+        update = gradients.lerp_(buffer, MOMENTUM).to(self.dtype)
+        del gradients
+        whole = distributed.gather_rows(update, first)
+        update = distributed.own_rows(orthogonalize(whole, self.dtype), first)
+        torch._foreach_mul_(weights, shrink)
+        torch._foreach_add_(weights, update.float().mul_(scale).unbind())

@@ -1,14 +1,16 @@
 """The optimizers, their learning rate, and how a step's sequences are divided."""
 
 import dataclasses
+import functools
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from model import ModelConfig, count_parameters
+from model import CausalLM, ModelConfig, count_parameters
 from smollm.config import Config, TrainingConfig
 from smollm.errors import ConfigError
 from smollm.training.muon import Muon
@@ -38,26 +40,26 @@ def learning_rate(step: int, training: TrainingConfig) -> float:
 
 
 def decay_start(training: TrainingConfig) -> int:
-    """The last step at the peak rate, from which the schedule falls; train_steps if it does not."""
+    """The last step at the peak rate, after which the schedule falls; train_steps if it does not.
+
+    Up to it a wsd run is the same whatever its length, so this is where it can be extended from.
+    """
     if training.schedule == "constant":
         return training.train_steps
     start = training.warmup_steps
     if training.schedule == "wsd":
-        start = max(start, training.train_steps - decay_steps(training))
+        start = max(start, training.train_steps - wsd_decay_steps(training))
     return min(start, training.train_steps)
 
 
-def decay_steps(training: TrainingConfig) -> int:
+def wsd_decay_steps(training: TrainingConfig) -> int:
     """Steps of wsd's decay, where the warm-up leaves room for them."""
     return max(1, round(training.decay_fraction * training.train_steps))
 
 
-def kept_steps(training: TrainingConfig) -> tuple[int, ...]:
-    """The checkpoint that a wsd run can be extended from: the last one before its decay."""
-    if training.schedule != "wsd":
-        return ()
-    last = decay_start(training) // training.save_steps * training.save_steps
-    return (last,) if last else ()
+def is_before_decay(step: int, training: TrainingConfig) -> bool:
+    """Whether a wsd run can be extended from this step: it is saved, and stays."""
+    return training.schedule == "wsd" and step == decay_start(training) < training.train_steps
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def describe_optimizer(training: TrainingConfig, first: int, last: int) -> str:
     rates = planned_rates(training, first, last)
     name = {"adamw": "AdamW", "muon": "Muon (AdamW for the embedding, norms and biases)"}
     held = ""
-    if training.schedule == "wsd" and first <= (start := decay_start(training)) < last:
+    if first <= (start := decay_start(training)) < last and start > training.warmup_steps:
         held = f"flat to step {start:,}, "
     words = (
         f"{name[training.optimizer]}, learning rate {rates.first:.3g} at step {first:,}, at most "
@@ -112,34 +114,59 @@ def rate_warnings(
             f"{training.train_steps} steps: the rate reaches {rates.highest:.3g}, not "
             f"training.learning_rate {training.learning_rate:g}"
         )
-    if rates.highest == 0 and training.learning_rate > 0:
+    left, wanted = training.train_steps - decay_start(training), wsd_decay_steps(training)
+    if training.schedule == "wsd" and first <= training.train_steps and 0 < left < wanted:
+        yield (
+            f"warning: training.warmup_steps {training.warmup_steps} leaves {left} of the {wanted} "
+            "steps that training.decay_fraction asks for"
+        )
+    if training.train_steps < first <= last and rates.highest == 0 < training.learning_rate:
         yield (
             f"warning: the learning rate of steps {first:,} to {last:,} is 0: nothing is learned; "
             f"set training.min_learning_rate, such as {training.learning_rate / 10:g}"
         )
-    if before and before.schedule == training.schedule == "wsd":
-        start, ends = decay_start(before), before.train_steps
-        if start < first - 1 <= ends and ends < training.train_steps:
-            yield (
-                f"warning: the checkpoint lies in the decay of its schedule (steps {start + 1:,} "
-                f"to {ends:,}); the rate rises again; extend from one of step {start:,} or before"
-            )
-    for key in ("learning_rate", "min_learning_rate", "schedule", "warmup_steps"):
+    if before is not None:
+        yield from _without_effect(training, before, first, last)
+        if line := _jump(training, before, first):
+            yield line
+
+
+def _without_effect(
+    training: TrainingConfig, before: TrainingConfig, first: int, last: int
+) -> Iterator[str]:
+    """Lines for keys that were changed since the checkpoint and change no rate."""
+    steps = {*range(first, last + 1, max(1, (last - first) // 1000)), last}
+    rates = planned_rates(training, first, last)
+    for key in ("learning_rate", "min_learning_rate", "schedule", "decay_fraction", "warmup_steps"):
         value = getattr(training, key)
-        if before is None or value == getattr(before, key):
+        if value == getattr(before, key):
             continue
         without = dataclasses.replace(training, **{key: getattr(before, key)})
-        if planned_rates(without, first, last) == rates:
+        if all(learning_rate(step, training) == learning_rate(step, without) for step in steps):
             yield (
                 f"warning: training.{key} {value} has no effect here: the rate of steps {first:,} "
                 f"to {last:,} is {rates.first:.3g} to {rates.last:.3g}"
             )
-    if before and before.train_steps < training.train_steps and first > before.train_steps:
-        yield (
-            f"extended: the schedule ended at step {before.train_steps:,} and is stretched to "
-            f"{training.train_steps:,}: the rate goes from "
-            f"{learning_rate(first - 1, before):.3g} to {rates.first:.3g} at step {first:,}"
+
+
+def _jump(training: TrainingConfig, before: TrainingConfig, first: int) -> str | None:
+    """A line where the rate does not go on as the checkpoint's schedule had it."""
+    was, now = learning_rate(first - 1, before), learning_rate(first - 1, training)
+    if first == 1 or math.isclose(was, now, rel_tol=0.01):
+        return None
+    step = f"the rate goes from {was:.3g} to {learning_rate(first, training):.3g} at step {first:,}"
+    start, ends = decay_start(before), before.train_steps
+    if before.schedule == "wsd" and start < first - 1 and ends < training.train_steps:
+        return (
+            f"warning: {step}: the checkpoint is past the start of its decay; to train for longer, "
+            f"go on from the checkpoint of step {start:,} (--resume, and another --save_dir)"
         )
+    if ends < training.train_steps and first > ends:
+        return (
+            f"extended: the schedule ended at step {ends:,} and is stretched to "
+            f"{training.train_steps:,}: {step}"
+        )
+    return f"{step}: another schedule than the checkpoint's"
 
 
 def build_optimizers(
@@ -203,10 +230,20 @@ def _embedding_scale(training: TrainingConfig) -> float:
     return training.embedding_learning_rate / training.learning_rate
 
 
+@functools.cache
+def hidden_shapes(model: ModelConfig) -> Counter[tuple[int, ...]]:
+    """The shapes of the matrices that Muon trains, with their numbers. Allocates none."""
+    with torch.device("meta"):
+        hidden, _, _ = _parameter_kinds(CausalLM(model))
+    return Counter(tuple(parameter.shape) for parameter in hidden)
+
+
 def optimizer_bytes(model: ModelConfig, optimizer: str) -> int:
     """Bytes of the optimizers' state: two running means in fp32 for each parameter, Muon one."""
-    count = count_parameters(model)
-    return 8 * count.total - (4 * count.hidden if optimizer == "muon" else 0)
+    size = 8 * count_parameters(model).total
+    if optimizer == "muon":
+        size -= 4 * sum(math.prod(s) * count for s, count in hidden_shapes(model).items())
+    return size
 
 
 def micro_batch_size(config: Config, world_size: int) -> int:

@@ -36,7 +36,7 @@ from smollm.tracking.metrics import bits_per_byte, perplexity
 from smollm.tracking.tracker import Tracker, duration, human
 from smollm.training.evaluation import evaluate_parts, histograms, together
 from smollm.training.job import Job
-from smollm.training.optimizer import learning_rate
+from smollm.training.optimizer import is_before_decay, learning_rate
 from smollm.training.step import StepResult, TrainStep, layer_norms
 
 SLOW_FACTOR = 3.0
@@ -146,6 +146,11 @@ class Run:
     def is_due(self, step: int, every: int) -> bool:
         """Whether what happens every so many steps, and at the end, happens after this one."""
         return step % every == 0 or step == self.job.last
+
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint is due after this step."""
+        training = self.config.training
+        return self.is_due(step, training.save_steps) or is_before_decay(step, training)
 
     def checks_signals(self, step: int) -> bool:
         """Whether to read this step in case a signal came; the same answer on every process."""
@@ -334,6 +339,7 @@ class Run:
             **dataclasses.asdict(self.progress),
             "phase": self.job.phase,
             "phase_end": self.progress.step == self.job.last,
+            "before_decay": is_before_decay(self.progress.step, self.config.training),
             "wandb_run_id": self.run_id,
             "parent": self.parent,
             "machine": hardware.fingerprint(self.hardware),

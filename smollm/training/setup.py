@@ -31,7 +31,7 @@ from smollm.tracking.tracker import Tracker, code_files, start_logging
 from smollm.training import table
 from smollm.training.job import Job
 from smollm.training.memory import fit_memory
-from smollm.training.optimizer import build_optimizers, kept_steps, micro_batch_size, rate_warnings
+from smollm.training.optimizer import build_optimizers, micro_batch_size, rate_warnings
 from smollm.training.run import Progress, Run, Stopwatch, model_files
 from smollm.training.step import TrainStep
 
@@ -179,10 +179,7 @@ def _tracking(
         if tracker.logged_models == "all":
             tracker.log_model(model_files(path), [f"step-{step}"])
 
-    keep = job.config.checkpoint
-    steps = (*keep.keep_steps, *kept_steps(job.config.training))
-    keep = dataclasses.replace(keep, keep_steps=steps)
-    return tracker, Writer(job.save_dir, keep, tracker.log, report_saved)
+    return tracker, Writer(job.save_dir, job.config.checkpoint, tracker.log, report_saved)
 
 
 def code_version() -> str:
@@ -283,7 +280,9 @@ def _check_disk(job: Job, size: int, log: Callable[[str], None]) -> None:
     """There must be room for a checkpoint; warn if not for all that retention keeps."""
     directory = atomic.nearest(job.save_dir)
     atomic.require_space(directory, size + size // 10)
-    wanted = (job.config.checkpoint.keep_last + 3) * size
+    # Besides the newest: the best, the ends of two phases, a wsd run's before the decay.
+    others = 4 if job.config.training.schedule == "wsd" else 3
+    wanted = (job.config.checkpoint.keep_last + others) * size
     if (free := atomic.free_bytes(directory)) < wanted:
         log(
             f"warning: {directory} has {free / 1e9:.1f} GB free, and the checkpoints to keep take "

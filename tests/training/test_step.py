@@ -78,7 +78,7 @@ def test_wsd_is_flat_then_linear() -> None:
     """wsd: the peak up to step 60 of 100, then a straight line; a longer run is flat for longer."""
     training = TrainingConfig(
         schedule="wsd", train_steps=100, warmup_steps=10, min_learning_rate=0.0,
-        decay_fraction=0.4, save_steps=25,
+        decay_fraction=0.4,
     )  # fmt: skip
     rates = {step: optimizer.learning_rate(step, training) for step in (10, 11, 59, 60)}
     assert set(rates.values()) == {5e-4}
@@ -86,7 +86,7 @@ def test_wsd_is_flat_then_linear() -> None:
         expected = 5e-4 * (100 - step) / 40
         assert optimizer.learning_rate(step, training) == pytest.approx(expected, abs=1e-18)
     assert optimizer.decay_start(training) == 60
-    assert optimizer.kept_steps(training) == (50,)  # what the run can be extended from
+    assert [step for step in range(200) if optimizer.is_before_decay(step, training)] == [60]
     longer = dataclasses.replace(training, train_steps=1000)
     assert [optimizer.learning_rate(step, longer) for step in (1, 5, 10, 50, 60)] == [
         optimizer.learning_rate(step, training) for step in (1, 5, 10, 50, 60)
@@ -96,6 +96,29 @@ def test_wsd_is_flat_then_linear() -> None:
     late = dataclasses.replace(training, warmup_steps=90)
     assert optimizer.decay_start(late) == 90
     assert optimizer.learning_rate(95, late) == pytest.approx(2.5e-4)
+
+
+def test_where_the_rate_jumps_is_said() -> None:
+    """A line wherever the new schedule is elsewhere at the checkpoint's step, and none else."""
+    base = TrainingConfig(schedule="wsd", train_steps=100, warmup_steps=10, min_learning_rate=0.0)
+
+    def lines(step: int, **changed: object) -> str:
+        now = dataclasses.replace(base, **changed)
+        return "\n".join(optimizer.rate_warnings(now, base, step + 1, now.train_steps))
+
+    assert lines(80) == lines(60, train_steps=1000) == lines(5, train_steps=1000) == ""
+    assert "0.000245 to 0.0005 at step 81" not in lines(80)
+    for changed in (
+        {"decay_fraction": 0.1}, {"train_steps": 90}, {"schedule": "constant"},
+        {"schedule": "linear"}, {"learning_rate": 1e-4},
+    ):  # fmt: skip
+        assert "the rate goes from 0.00025 to" in lines(80, **changed), changed
+    assert "has no effect" not in lines(5, schedule="linear")  # the same at both ends
+    assert "decay_fraction 0.1 has no effect" in lines(105, decay_fraction=0.1, train_steps=100)
+    late = "\n".join(
+        optimizer.rate_warnings(dataclasses.replace(base, warmup_steps=90), None, 1, 100)
+    )
+    assert "warmup_steps 90 leaves 10 of the 40 steps" in late
 
 
 def test_the_embedding_can_have_a_rate_of_its_own() -> None:
