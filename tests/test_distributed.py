@@ -14,6 +14,7 @@ from pathlib import Path
 
 import forked
 import pytest
+import torch
 from helpers import (
     LLAMA,
     MUON,
@@ -38,6 +39,9 @@ SETTINGS = (
     "training.precision=fp32", "training.gradient_accumulation_steps=4",
     "training.eval_steps=10", "training.save_steps=5",
 )  # fmt: skip
+
+# The other family and optimizer; 130 rows on four processes are shards of 33, 33, 33 and 31.
+WORDS = {"adamw": (), "muon": (*LLAMA, *MUON, "model.intermediate_size=130")}
 
 
 def on_ranks(
@@ -81,16 +85,13 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def references(reference: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Such a run of each family, one with each optimizer."""
-    llama = finished_run(tmp_path_factory, "--train_steps", "20", *SETTINGS, *LLAMA, *MUON)
-    return {"adamw": reference, "muon": llama}
-
-
-WORDS = {"adamw": (), "muon": (*LLAMA, *MUON)}
+    other = finished_run(tmp_path_factory, "--train_steps", "20", *SETTINGS, *WORDS["muon"])
+    return {"adamw": reference, "muon": other}
 
 
 @pytest.mark.parametrize(
     ("kind", "processes", "optimizer"),
-    [("ddp", 2, "adamw"), ("fsdp", 2, "adamw"), ("ddp", 4, "muon"), ("fsdp", 2, "muon")],
+    [("ddp", 2, "adamw"), ("fsdp", 2, "adamw"), ("ddp", 2, "muon"), ("fsdp", 4, "muon")],
 )
 def test_losses_are_those_of_one_process(
     references: dict[str, Path], tmp_path: Path, kind: str, processes: int, optimizer: str
@@ -112,10 +113,10 @@ def test_losses_are_those_of_one_process(
     assert set(manifest["files"]) == set(expected["files"])
     for name in ("model.safetensors", "training_state.safetensors"):
         ours, theirs = (load_file(step_directory(d, 20) / name) for d in (tmp_path, reference))
-        shapes = [
-            {k: v.shape for k, v in each.items() if k[:4] != "rng."} for each in (ours, theirs)
-        ]
-        assert shapes[0] == shapes[1]
+        assert ours.keys() == theirs.keys()
+        for key, tensor in theirs.items():
+            if not key.startswith("rng."):
+                torch.testing.assert_close(ours[key], tensor, atol=1e-4, rtol=1e-3, msg=key)
 
 
 @pytest.mark.parametrize(("kind", "optimizer"), [("ddp", "adamw"), ("fsdp", "muon")])

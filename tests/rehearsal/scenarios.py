@@ -127,7 +127,7 @@ def peaks(recorder: pretend.Recorder, mode: str, how: str, *words: str) -> dict[
         with torch.device("cuda"):
             model = CausalLM(config.model, machine.dtype, machine.attention.name)
         model.train().model.gradient_checkpointing = mode
-        (optimizer,) = build_optimizers(model, config.training)
+        optimizers = build_optimizers(model, config.training, machine.dtype)
         if how != "eager":
             hardware.compile_model(model, machine, fullgraph=True)
         if how == "compiled":  # anew: one graph for every size
@@ -136,7 +136,8 @@ def peaks(recorder: pretend.Recorder, mode: str, how: str, *words: str) -> dict[
             counter = live_bytes()
             ids = torch.zeros(2, size, length, dtype=torch.long, device="cuda")
             tree_map(counter.add, [ids, *model.parameters(), *model.buffers()])
-            tree_map(counter.add, [dict(slots) for slots in optimizer.state.values()])
+            states = [slots for each in optimizers for slots in each.state.values()]
+            tree_map(counter.add, [dict(slots) for slots in states])
             batches = [part.clone() for part in ids]
             for batch in batches:
                 torch._dynamo.maybe_mark_dynamic(batch, 0)
@@ -146,6 +147,9 @@ def peaks(recorder: pretend.Recorder, mode: str, how: str, *words: str) -> dict[
             with counter:
                 for batch in batches:
                     (model(batch, batch) / 2).backward()
+                if config.training.optimizer == "muon":  # AdamW's update takes no memory
+                    optimizers[0].found_inf = torch.zeros((), device="cuda")
+                    optimizers[0].step()
             model.zero_grad(set_to_none=True)
             found[str(size)] = counter.peak
     return found

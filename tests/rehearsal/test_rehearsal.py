@@ -74,15 +74,19 @@ def estimated(case: str, size: str) -> int:
     mode, how, *words = case.split()
     config = load(ROOT / "config.yaml", words)
     tokens = int(size) * config.data.sequence_length
-    return peak_bytes(config.model, tokens, mode, how != "eager")
+    optimizer = config.training.optimizer
+    return peak_bytes(config.model, tokens, mode, how != "eager", optimizer=optimizer)
 
 
 MODES = ("none", "selective", "full")
+# Muon's own step is the peak where the layers' matrices are large and the tokens few.
+MUON = "training.optimizer=muon model.vocab_size=1024 model.num_hidden_layers=16"
 CASES = {
     "none": [f"none compiled {FULL}"],
     "selective": [f"selective compiled {FULL}"],
     "full": [f"full compiled {FULL}"],
-    "eager": [f"{mode} eager {shape}" for mode in MODES for shape in (FULL, NARROW, SLIM)],
+    "eager": [*(f"{mode} eager {shape}" for mode in MODES for shape in (FULL, NARROW, SLIM)),
+              f"full eager {MUON} data.sequence_length=16", f"full eager {MUON}"],
     "others": [f"none static {NARROW} training.batch_size=24",
                f"selective static {SLIM} training.batch_size=48",
                f"full static {SLIM} training.batch_size=12",
