@@ -105,10 +105,8 @@ CHANGES: dict[str, Words] = {
     "adam_beta2 0.95": {"training.adam_beta2": 0.95},
     "adam_beta2 0.98": {"training.adam_beta2": 0.98},
     "adam_beta2 0.995": {"training.adam_beta2": 0.995},
-    "cosine to zero": {"training.schedule": "cosine"},
     "wsd to zero": {"training.schedule": "wsd"},
     "weight_decay 1": {"training.weight_decay": 1.0},
-    "dropout 0.1": {"model.dropout": 0.1},
 }
 
 

@@ -739,6 +739,14 @@ TOGETHER = [
     (["training.min_learning_rate=0.5"], [RATES]),
     (["training.learning_rate=1e-5"], ["training.min_learning_rate 5e-05"]),
     (["training.learning_rate=0"], ["training.min_learning_rate 5e-05"]),
+    (
+        [
+            "training.learning_rate=0",
+            "training.min_learning_rate=0",
+            "training.embedding_learning_rate=1e-3",
+        ],
+        ["training.embedding_learning_rate follows the schedule of training.learning_rate"],
+    ),
     (["training.train_steps=999999"], [STEPS]),
     (["training.continue_steps=999999"], [STEPS]),
     (["training.train_steps=500000", "training.continue_steps=500000"], [STEPS]),
