@@ -8,6 +8,7 @@
 #   ./train.sh --input_file mine.txt --save_dir checkpoints-mine --log_dir logs-mine
 #   ./train.sh --input_file books --input_file 'web/*.jsonl.zst'        folders and quoted globs too
 #   ./train.sh --init_from HuggingFaceTB/SmolLM2-135M --input_file mine.txt   from weights: also a path
+#   ./train.sh --resume checkpoints/step_003000 --save_dir longer --log_dir logs-longer   a run from another's
 #   DEBUG=1 ./train.sh                 with the debugging variables and tracebacks
 #
 # At 192 x 2048 = 393,216 tokens a step the default run sees 1.97 billion tokens.
@@ -20,7 +21,7 @@ unset CDPATH # cd would go elsewhere, and print it
 cd "$(dirname "$(readlink -f "$0")")" || exit 1 # also through a link to this script
 
 config="" save_dir=checkpoints log_dir=logs
-inputs=() init_from=() overrides=()
+inputs=() init_from=() overrides=() resume=auto
 # Paths are relative to where the command was typed; URLs are none, and Python expands ~.
 absolute() { case $1 in /* | "~"* | *://*) echo "$1" ;; *) echo "$start_directory/$1" ;; esac; }
 # Or owner/name of the Hub, where there is no directory `owner`: hf:// says so for certain.
@@ -28,19 +29,21 @@ is_id() { [[ $1 =~ ^[[:alnum:]_-][[:alnum:]._-]*/[[:alnum:]_-][[:alnum:]._-]*$ &
 path_or_id() { if is_id "$1"; then echo "hf://$1"; else absolute "$1"; fi; }
 while [ $# -gt 0 ]; do
     case $1 in
-    --config | --input_file | --save_dir | --log_dir | --init_from)
+    --config | --input_file | --save_dir | --log_dir | --init_from | --resume)
         [ $# -ge 2 ] || { echo "error: $1 needs a value" >&2; exit 2; }
         [ -n "$2" ] || { echo "error: $1: got an empty path" >&2; exit 2; }
         if [ "$1" = --input_file ]; then
             inputs+=(--input_file "$(absolute "$2")") # without it data.input_files serves
         elif [ "$1" = --init_from ]; then
             init_from=(--init_from "$(path_or_id "$2")") # phase 1 only
+        elif [ "$1" = --resume ] && [ "$2" = auto ]; then
+            resume=auto
         else
             declare "${1#--}=$(absolute "$2")"
         fi
         shift 2
         ;;
-    --config=* | --input_file=* | --save_dir=* | --log_dir=* | --init_from=*)
+    --config=* | --input_file=* | --save_dir=* | --log_dir=* | --init_from=* | --resume=*)
         set -- "${1%%=*}" "${1#*=}" "${@:2}"
         ;;
     training.device=cpu) export GPU_DEVICES=none; overrides+=("$1"); shift ;; # as without a GPU
@@ -134,7 +137,9 @@ phase() {
 }
 
 common=(--config "$config" ${inputs[@]+"${inputs[@]}"} --save_dir "$save_dir" --log_dir "$log_dir")
-phase train.py "${common[@]}" --resume auto ${init_from[@]+"${init_from[@]}"} ${overrides[@]+"${overrides[@]}"}
+# The same command goes on with the run that it began: checkpoints of its own win.
+for own in "$save_dir"/step_*; do [ ! -e "$own" ] || resume=auto; done
+phase train.py "${common[@]}" --resume "$resume" ${init_from[@]+"${init_from[@]}"} ${overrides[@]+"${overrides[@]}"}
 phase continue_training.py "${common[@]}" ${overrides[@]+"${overrides[@]}"}
 echo "done: checkpoints in $save_dir, logs and plots in $log_dir;" \
     "python generate.py --checkpoint $save_dir/latest" 2>/dev/null

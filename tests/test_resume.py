@@ -20,6 +20,7 @@ from helpers import (
     reseal,
     step_directory,
     train,
+    train_sh,
     write_tiny,
 )
 from safetensors.torch import load_file
@@ -290,11 +291,18 @@ def test_a_wsd_run_is_extended_from_before_its_decay(tmp_path: Path) -> None:
     assert sorted(path.name for path in saved.glob("step_*")) == ["step_000007", "step_000012"]
     listed = call(tmp_path, [sys.executable, str(ROOT / "checkpoint.py"), "list", str(saved)])
     assert "before the decay" in listed.stdout, listed.stdout
-    longer = ("--train_steps", "24", *words)
-    before = str(step_directory(tmp_path, 7))
-    extended = train(tmp_path, "--resume", before, *longer, run="extended")
-    assert extended.returncode == 0, extended.stdout
-    assert "the rate goes from" not in extended.stdout
+    longer = ("training.train_steps=24", *words)
+    for said in ("resumed from", "is complete"):  # the same command goes on with the new run
+        extended = call(
+            tmp_path,
+            train_sh(
+                tmp_path, "--resume", "run/checkpoints/step_000007", *longer,
+                "--save_dir", "extended/checkpoints", "--log_dir", "extended/logs",
+            ),
+            NO_INSTALL="1",
+        )  # fmt: skip
+        assert extended.returncode == 0 and said in extended.stdout, extended.stdout
+        assert "the rate goes from" not in extended.stdout
     whole = train(tmp_path, *longer, run="whole")
     assert "flat to step 14, wsd to 0 at step 24" in whole.stdout, whole.stdout
     assert digest(tmp_path, 24, run="extended") == digest(tmp_path, 24, run="whole")
