@@ -1,7 +1,8 @@
 """Measure training, checkpoints, tokenization and generation, beside what others use.
 
     python benchmark.py --config config_cpu.yaml
-    python benchmark.py --config config_cpu.yaml --only train --peer transformers --json out.json
+    python benchmark.py --config config_cpu.yaml --only train --peer transformers --json out.json \\
+        training.optimizer=adamw
     python benchmark.py --config config.yaml --only train \\
         --peer transformers,transformers-compile training.batch_size=2 \\
         training.gradient_accumulation_steps=1 data.sequence_length=512

@@ -154,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     parser = cli.training_parser(__doc__)
     parser.add_argument(
-        "--resume", type=cli.text, default="never", metavar="never|auto|PATH",
+        "--resume", type=cli.source, default="never", metavar="never|auto|PATH",
         help="go on from the newest checkpoint of --save_dir, or from a named one (never)",
     )  # fmt: skip
     parser.add_argument(

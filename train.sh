@@ -8,7 +8,7 @@
 #   ./train.sh --input_file mine.txt --save_dir checkpoints-mine --log_dir logs-mine
 #   ./train.sh --input_file books --input_file 'web/*.jsonl.zst'        folders and quoted globs too
 #   ./train.sh --init_from HuggingFaceTB/SmolLM2-135M --input_file mine.txt   from weights: also a path
-#   ./train.sh --resume checkpoints/step_003000 --save_dir longer --log_dir logs-longer   a run from another's
+#   ./train.sh --resume checkpoints/step_003000 --save_dir longer --log_dir logs-longer   from another run's
 #   DEBUG=1 ./train.sh                 with the debugging variables and tracebacks
 #
 # At 192 x 2048 = 393,216 tokens a step the default run sees 1.97 billion tokens.
@@ -36,8 +36,8 @@ while [ $# -gt 0 ]; do
             inputs+=(--input_file "$(absolute "$2")") # without it data.input_files serves
         elif [ "$1" = --init_from ]; then
             init_from=(--init_from "$(path_or_id "$2")") # phase 1 only
-        elif [ "$1" = --resume ] && [ "$2" = auto ]; then
-            resume=auto
+        elif [ "$1" = --resume ]; then
+            case $2 in auto | never) resume=$2 ;; *) resume=$(absolute "$2") ;; esac
         else
             declare "${1#--}=$(absolute "$2")"
         fi
@@ -137,8 +137,6 @@ phase() {
 }
 
 common=(--config "$config" ${inputs[@]+"${inputs[@]}"} --save_dir "$save_dir" --log_dir "$log_dir")
-# The same command goes on with the run that it began: checkpoints of its own win.
-for own in "$save_dir"/step_*; do [ ! -e "$own" ] || resume=auto; done
 phase train.py "${common[@]}" --resume "$resume" ${init_from[@]+"${init_from[@]}"} ${overrides[@]+"${overrides[@]}"}
 phase continue_training.py "${common[@]}" ${overrides[@]+"${overrides[@]}"}
 echo "done: checkpoints in $save_dir, logs and plots in $log_dir;" \

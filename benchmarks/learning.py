@@ -147,7 +147,7 @@ class Study:
         self.runs[key] = result
         self.save()
         seconds = f"{result['seconds']:.0f} s" if self.jobs == 1 else ""
-        print(f"val_loss {result['val_loss']:.4f}  {seconds:>6}  {key}", flush=True)
+        print(f"val_loss {loss_of(result):.4f}  {seconds:>6}  {key}", flush=True)
 
     def read(self) -> None:
         """Take over what OUTPUT.json holds.
@@ -190,7 +190,9 @@ class Study:
             "training.logging_steps": steps, "training.save_steps": 999_999,
             "training.sample_steps": 999_999, "generation.num_samples": 1,
         }  # fmt: skip
-        threads = str(max(1, (os.cpu_count() or 1) // self.jobs))
+        variables = {**os.environ, "WANDB_MODE": "disabled"}
+        if self.jobs > 1:
+            variables["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.jobs))
         with tempfile.TemporaryDirectory() as folder:
             done = subprocess.run(
                 [
@@ -199,11 +201,10 @@ class Study:
                     "--log_dir", f"{folder}/logs", *self.words,
                     *(f"{key}={value}" for key, value in given.items()),
                 ],
-                env={"OMP_NUM_THREADS": threads, **os.environ, "WANDB_MODE": "disabled"},
-                capture_output=True, text=True,
+                env=variables, capture_output=True, text=True,
             )  # fmt: skip
             if done.returncode == DivergedError.exit_code:  # the rate was too large
-                return {"val_loss": math.inf, "seconds": 0.0, "jobs": self.jobs}
+                return {"val_loss": None, "seconds": 0.0, "jobs": self.jobs}
             if done.returncode:
                 said = f"{done.stdout}{done.stderr}".strip().splitlines()[-1:]
                 raise UserError(f"{key_of(words, steps, seed)}: {' '.join(said)}", done.returncode)
@@ -227,7 +228,7 @@ class Study:
         """The best rate of a factor-of-two grid; it grows until the best one is inside."""
         grid = first_grid(recipe)
         while True:
-            losses = [r["val_loss"] for r in self.results([self.tuning(recipe, g) for g in grid])]
+            losses = [loss_of(r) for r in self.results([self.tuning(recipe, g) for g in grid])]
             best = losses.index(min(losses))
             if 0 < best < len(grid) - 1:
                 return grid[best]
@@ -241,11 +242,16 @@ class Study:
         """The losses of the rates that were tried."""
         rates = [recipe.first_rate * 2.0**power for power in range(-8, 9)]
         found = {rate: self.runs.get(key_of(*self.tuning(recipe, rate))) for rate in rates}
-        return {rate: result["val_loss"] for rate, result in found.items() if result}
+        return {rate: loss_of(result) for rate, result in found.items() if result}
 
     def horizon(self, share: float) -> int:
         """A share of the full length, in steps."""
         return round(share * self.steps)
+
+
+def loss_of(result: dict[str, Any]) -> float:
+    """The loss at the end of a run; infinite where it diverged."""
+    return math.inf if result["val_loss"] is None else result["val_loss"]
 
 
 def first_grid(recipe: Recipe) -> list[float]:
@@ -336,7 +342,7 @@ class Ends:
 
 def ends(study: Study, words: Words, steps: int) -> Ends:
     """What runs of these words, one for each seed, ended at."""
-    return Ends([study.runs[key_of(words, steps, seed)]["val_loss"] for seed in SEEDS])
+    return Ends([loss_of(study.runs[key_of(words, steps, seed)]) for seed in SEEDS])
 
 
 def steps_to(study: Study, words: Words, target: float) -> str:

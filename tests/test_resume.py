@@ -292,7 +292,7 @@ def test_a_wsd_run_is_extended_from_before_its_decay(tmp_path: Path) -> None:
     listed = call(tmp_path, [sys.executable, str(ROOT / "checkpoint.py"), "list", str(saved)])
     assert "before the decay" in listed.stdout, listed.stdout
     longer = ("training.train_steps=24", *words)
-    for said in ("resumed from", "is complete"):  # the same command goes on with the new run
+    for said in ("resumed from", "that began with it goes on"):  # the same command again
         extended = call(
             tmp_path,
             train_sh(

@@ -42,6 +42,9 @@ def find_resume(save_dir: Path, resume: str, log: Callable[[str], None]) -> Path
     path = atomic.follow(Path(resume))
     store.require_whole(path)
     state = store.read_trainer_state(path)
+    if present and began_with(store.directory_of(save_dir, present[-1]), path, state):
+        log(f"--resume {resume} is not used: the run in {save_dir} that began with it goes on")
+        return store.newest_whole(save_dir, log)
     newer = [other for other in present if other > state["step"]]
     if newer:
         raise ConfigError(
@@ -57,6 +60,16 @@ def find_resume(save_dir: Path, resume: str, log: Callable[[str], None]) -> Path
                 f"--resume {path}: {directory} is of another run; name another --save_dir"
             )
     return path
+
+
+def began_with(directory: Path, path: Path, state: dict[str, Any]) -> bool:
+    """Whether a checkpoint is of a run of its own that was started from another run's checkpoint.
+
+    Args:
+        path, state: that other checkpoint, and its trainer_state.json.
+    """
+    parent = str(store.summary(directory).get("parent") or "")
+    return parent.startswith(f"{state.get('wandb_run_id')}, ") and parent.endswith(path.name)
 
 
 def fixed_model(save_dir: Path, resume: str) -> FixedModel | None:
@@ -156,7 +169,7 @@ def require_same_optimizer(config: Config, directory: Path) -> None:
         raise ConfigError(
             f"{directory}: holds the state of training.optimizer {was}, and the configuration has "
             f"{now}; set training.optimizer={was}, or start a run of {now} with its weights: "
-            f"train.py --init_from {directory} and another --save_dir"
+            f"train.py --init_from {directory}, another --save_dir and --log_dir"
         )
 
 

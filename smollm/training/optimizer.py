@@ -152,7 +152,7 @@ def _without_effect(
 def _jump(training: TrainingConfig, before: TrainingConfig, first: int) -> str | None:
     """A line where the rate does not go on as the checkpoint's schedule had it."""
     was, now = learning_rate(first - 1, before), learning_rate(first - 1, training)
-    if first == 1 or math.isclose(was, now, rel_tol=0.01):
+    if first == 1 or was == now:
         return None
     step = f"the rate goes from {was:.3g} to {learning_rate(first, training):.3g} at step {first:,}"
     start, ends = decay_start(before), before.train_steps
