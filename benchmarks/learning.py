@@ -101,12 +101,13 @@ MUON = Recipe(
     4e-3,
 )  # fmt: skip
 # One change each, at the tuned rate and on all seeds.
+WSD: Words = {"training.schedule": "wsd"}
+WSD_HORIZONS = (0.4, 0.5, 0.55)  # of Muon with wsd, to the end of AdamW with wsd
 CHANGES: dict[str, Words] = {
     "adam_beta2 0.95": {"training.adam_beta2": 0.95},
     "adam_beta2 0.98": {"training.adam_beta2": 0.98},
     "adam_beta2 0.995": {"training.adam_beta2": 0.995},
-    "wsd to zero": {"training.schedule": "wsd"},
-    "weight_decay 1": {"training.weight_decay": 1.0},
+    "wsd to zero": WSD,
 }
 
 
@@ -299,6 +300,10 @@ def compare(study: Study) -> dict[str, float]:
                     for change in (CHANGES.values() if study.changes else ())
                     for recipe in (ADAMW, MUON)
                 ),
+                *(
+                    ({**MUON.at(rates[MUON.name]), **WSD}, study.horizon(share))
+                    for share in (WSD_HORIZONS if study.changes else ())
+                ),
             ]
             for seed in SEEDS
         ]
@@ -345,9 +350,11 @@ def ends(study: Study, words: Words, steps: int) -> Ends:
     return Ends([loss_of(study.runs[key_of(words, steps, seed)]) for seed in SEEDS])
 
 
-def steps_to(study: Study, words: Words, target: float) -> str:
-    """The shortest horizon whose runs end at a loss or below it, as a row's last column."""
-    for share in (*HORIZONS, 1.0):
+def steps_to(
+    study: Study, words: Words, target: float, horizons: tuple[float, ...] = HORIZONS
+) -> str:
+    """The shortest horizon whose runs end at a loss or below it, as a cell."""
+    for share in (*horizons, 1.0):
         found = ends(study, words, study.horizon(share))
         if found.mean <= target:
             return f"{study.horizon(share)} ({share:.2f}x), {found}"
@@ -392,7 +399,16 @@ def change_rows(study: Study, rates: dict[str, float]) -> list[str]:
             verdict = ("better" if difference < 0 else "worse") if claimed else "no difference"
             cells.append(f"{found}: {difference:+.3f}, {verdict}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    return lines
+    adamw, muon = ({**r.at(rates[r.name]), **WSD} for r in (ADAMW, MUON))
+    target = ends(study, adamw, study.steps).mean
+    cells = [
+        steps_to(study, MUON.at(rates[MUON.name]), target),
+        steps_to(study, muon, target, WSD_HORIZONS),
+    ]
+    return [
+        *lines, "", "| loss to reach | Muon, linear | Muon, wsd |", "|---|---|---|",
+        f"| AdamW's with wsd: {target:.3f} | {' | '.join(cells)} |",
+    ]  # fmt: skip
 
 
 def draw(study: Study, rates: dict[str, float]) -> Path:
