@@ -15,5 +15,5 @@ REQUIREMENTS="requirements.txt requirements-dev.txt"
 source ./env.sh || exit
 export WANDB_MODE=${WANDB_MODE:-disabled}
 echo "seeds: ${SEED:-as written in the tests; SEED=n sets another for flips, fuzz and kills while saving}"
-# Two processes more than the processors: many tests wait for a timer or a signal.
-exec "$PYTHON" -m pytest tests -n $(($(nproc) + 2)) --dist worksteal "$@"
+# One process more than the processors: many tests wait for a timer or a signal.
+exec "$PYTHON" -m pytest tests -n $(($(nproc) + 1)) --dist worksteal "$@"
