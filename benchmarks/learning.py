@@ -52,7 +52,7 @@ NO_DIFFERENCE = (
 )  # fmt: skip
 SEEDS = (42, 43, 44)
 QUICK_RATES = {"AdamW, tuned": 2e-3, "Muon, tuned": 4e-3}  # what the whole study found
-TENTH = 0.1  # of a run, for its warm-up
+WARMUP_SHARE = 0.1  # of a run
 HORIZONS = (0.25, 0.3, 0.4, 0.5, 0.55, 0.6, 0.7, 0.8)  # of the full length
 QUICK_HORIZONS = (0.4, 0.55)
 
@@ -82,24 +82,12 @@ SPECIFICATION = Recipe(
     },
     5e-4,
 )  # fmt: skip
-ADAMW = Recipe(
-    "AdamW, tuned",
-    {
-        "training.optimizer": "adamw", "training.schedule": "linear",
-        "training.min_learning_rate": 0.0, "training.adam_beta2": 0.99,
-        "training.weight_decay": 0.1,
-    },
-    2e-3,
-)  # fmt: skip
-MUON = Recipe(
-    "Muon, tuned",
-    {
-        "training.optimizer": "muon", "training.schedule": "linear",
-        "training.min_learning_rate": 0.0, "training.adam_beta2": 0.99,
-        "training.weight_decay": 0.1,
-    },
-    4e-3,
-)  # fmt: skip
+TUNED: Words = {
+    "training.schedule": "linear", "training.min_learning_rate": 0.0, "training.adam_beta2": 0.99,
+    "training.weight_decay": 0.1,
+}  # fmt: skip
+ADAMW = Recipe("AdamW, tuned", {"training.optimizer": "adamw", **TUNED}, 2e-3)
+MUON = Recipe("Muon, tuned", {"training.optimizer": "muon", **TUNED}, 4e-3)
 # One change each, at the tuned rate and on all seeds.
 WSD: Words = {"training.schedule": "wsd"}
 WSD_HORIZONS = (0.4, 0.5, 0.55)  # of Muon with wsd, to the end of AdamW with wsd
@@ -187,7 +175,7 @@ class Study:
         """Train once; returns what was measured at the end."""
         given = {
             **words, "training.seed": seed, "training.train_steps": steps,
-            "training.warmup_steps": round(TENTH * steps), "training.eval_steps": steps,
+            "training.warmup_steps": round(WARMUP_SHARE * steps), "training.eval_steps": steps,
             "training.logging_steps": steps, "training.save_steps": 999_999,
             "training.sample_steps": 999_999, "generation.num_samples": 1,
         }  # fmt: skip
@@ -334,6 +322,7 @@ class Ends:
 
     @property
     def mean(self) -> float:
+        """Their mean."""
         return statistics.mean(self.losses)
 
     @property

@@ -58,7 +58,7 @@ def peak_bytes(
         shards: processes that share weights and optimizer (FSDP).
         optimizer: `training.optimizer`.
     """
-    parameters = count_parameters(model).total
+    parameters, resident = count_parameters(model).total, resident_bytes(model, optimizer)
     vocabulary = head_rows(model.vocab_size, torch.device("cuda"))
     width = itemsize * model.hidden_size
     kept, layer = _layer_bytes(model, checkpointing, compiled, itemsize)
@@ -69,12 +69,17 @@ def peak_bytes(
     # Weights in the compute dtype: all of them are kept for the backward pass, or the head's.
     casts = parameters if checkpointing == "none" else 2 * vocabulary * model.hidden_size
     # Weights and optimizer; gradients, which are whole until the last micro-batch is reduced.
-    fixed = (4 * parameters + optimizer_bytes(model, optimizer)) // shards + 4 * parameters
+    fixed = resident // shards + 4 * parameters
     passes = tokens * (model.num_hidden_layers * kept + max(head, layer))
     if itemsize < 4:
         passes += itemsize * casts
     update = muon.step_bytes(hidden_shapes(model), itemsize) if optimizer == "muon" else 0
     return fixed + max(passes, update)
+
+
+def resident_bytes(model: ModelConfig, optimizer: str) -> int:
+    """What stays in memory between steps: the fp32 weights and the optimizers' state."""
+    return 4 * count_parameters(model).total + optimizer_bytes(model, optimizer)
 
 
 def _layer_bytes(
@@ -207,11 +212,8 @@ def _first_expected_to_fit(run: Run, ladder: list[Setting]) -> int:
     first = 0
     free = hardware.free_memory(run.hardware.device)
     if free is not None:
-        config = run.config
-        weights = 4 * count_parameters(config.model).total
-        state = optimizer_bytes(config.model, config.training.optimizer)
-        resident = (weights + state) // _shards(run)
-        free = usable_bytes(free + resident)
+        resident = resident_bytes(run.config.model, run.config.training.optimizer)
+        free = usable_bytes(free + resident // _shards(run))
         fitting = (n for n, each in enumerate(ladder) if expected_bytes(run, each) <= free)
         first = next(fitting, len(ladder) - 1)
     number = distributed.maximum(first)
