@@ -70,8 +70,8 @@ def train(run: Run) -> None:
         if (evaluate or sample) and not stop:
             run.draw()
         # Last: a run that is killed in an evaluation or a sample repeats it. A new best is saved:
-        # the model whose loss is reported exists.
-        if save or stop or (evaluate and run.is_best):
+        # the model whose loss is reported exists. Where a signal stops it, `Run.finish` saves.
+        if save or (evaluate and run.is_best):
             run.save()
         if stop:
             break

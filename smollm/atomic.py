@@ -34,8 +34,8 @@ MANIFEST = "manifest.json"
 TEMPORARY = ".tmp-"
 REPLACED = TEMPORARY + "replaced-"  # an older directory, until the new one has its name
 _OURS = re.compile(  # temporary names that this project makes: those of other programs are kept
-    r"\.tmp-(replaced-|removed-|link-)*"
-    r"(step_\d{6}|tokens-\w+|shard_\d+|tokenizer-[\w.]+|hub-[\w.-]+|latest|best|probe)(-\d+)?"
+    r"(\.tmp-(replaced-|removed-|link-)?)+"  # nested: what is removed may be a temporary itself
+    r"(step_\d{6}|tokens-\w+|shard_\d+|tokenizer-[\w.]+|hub-[\w.-]+|latest|best|probe)(-\d+)*"
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -39,7 +40,7 @@ PHASES = {
     "import": "start.import:{}:1",
     "tokenize": "cache.batch:{}:1",
     "first step": "step.forward:{}:1",
-    "step": "step.forward:{}:12",
+    "step": "step.forward:{}:13",  # of step 7, after step 6 was saved
     "evaluate": "evaluate:{}:2",
     "sample": "sample:{}:1",
     "save": "save.weights:{}:3",
@@ -75,6 +76,8 @@ def test_signal_in_each_phase(
     if phase in ("step", "evaluate", "sample", "save"):
         assert (tmp_path / "run/checkpoints/latest").exists(), result.stdout
         assert "stopped by a signal" in result.stdout
+        saved = re.findall(r"  saved (\S+)", result.stdout)
+        assert len(saved) == len(set(saved)) > 0, "a step was saved twice"
     finished = train(tmp_path, *SETTINGS, *RESUME)
     assert finished.returncode == 0, finished.stdout
     assert digest(tmp_path) == digest(reference)

@@ -63,7 +63,10 @@ def test_a_second_run_is_refused_with_pid_and_host(root):
 
 def test_left_overs_are_swept_and_reported(root, capsys):
     """What dead writers left is removed at the next start, and only that."""
-    for name in (".tmp-step_000030-999", ".tmp-removed-step_000005-999"):
+    for name in (
+        ".tmp-step_000030-999", ".tmp-removed-step_000005-999",
+        ".tmp-removed-.tmp-step_000040-999-999", ".tmp-removed-.tmp-replaced-step_000020-999-999",
+    ):  # fmt: skip
         (root / name).mkdir()
         (root / name / "part").write_text("x")
     (root / ".tmp-link-latest-999").symlink_to("step_000030")
