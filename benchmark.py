@@ -3,6 +3,7 @@
     python benchmark.py --config config_cpu.yaml
     python benchmark.py --config config_cpu.yaml --only train --peer transformers --json out.json \\
         training.optimizer=adamw
+    python benchmark.py --gpu_report report     # what only a GPU can show, in under 9 minutes
     python benchmark.py --config config.yaml --only train \\
         --peer transformers,transformers-compile training.batch_size=2 \\
         training.gradient_accumulation_steps=1 data.sequence_length=512
@@ -37,7 +38,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -244,32 +245,42 @@ def report(result: Result) -> Iterator[str]:
             yield f"  {ratio['of_medians']:.2f}x {peer} (rounds: {rounds})"
 
 
-def _words(known: tuple[str, ...]) -> Callable[[str], list[str]]:
-    """An argparse type: some of the known words, separated by commas."""
+def _split(text: str) -> list[str]:
+    """An argparse type: words, separated by commas, each of them once."""
+    return list(dict.fromkeys(text.split(",")))
 
-    def parse(text: str) -> list[str]:
-        words = list(dict.fromkeys(text.split(",")))
-        for word in words:
-            if word not in known:
-                raise argparse.ArgumentTypeError(f"got {word!r}, expected {', '.join(known)}")
-        return [word for word in words if word != "none"]
 
-    return parse
+def _known(flag: str, words: Iterable[str], known: Iterable[str]) -> list[str]:
+    """The words; raises ConfigError for one that is not among the known."""
+    for word in words:
+        if word not in known:
+            raise ConfigError(f"{flag}: got {word!r}, expected {', '.join(known)}")
+    return list(words)
 
 
 def _parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser(description=__doc__)
-    number, peers, parts = cli.positive_integer, _words((*PEERS, "none")), _words(MEASUREMENTS)
+    number = cli.positive_integer
     cli.add_inputs(parser)
     parser.add_argument("--steps", type=number, default=20, help="timed steps a round (20)")
     parser.add_argument("--warmup", type=number, default=3, help="steps before these (3)")
     parser.add_argument("--rounds", type=number, default=3, help="(3)")
     parser.add_argument("--text_mb", type=number, default=20, help="text to tokenize (20)")
-    parser.add_argument("--peer", type=peers, default=[], help=", ".join(PEERS) + " (none)")
+    parser.add_argument("--peer", type=_split, default=[], help=", ".join(PEERS) + " (none)")
     parser.add_argument(
         "--same_environment", action="store_true", help="env.sh's allocator settings for peers too"
     )
-    parser.add_argument("--only", type=parts, default=MEASUREMENTS, help=", ".join(MEASUREMENTS))
+    parser.add_argument(
+        "--only", type=_split, default=(), metavar="NAME,...",
+        help=f"measurements ({', '.join(MEASUREMENTS)}), or stages of the report",
+    )  # fmt: skip
+    parser.add_argument(
+        "--gpu_report",
+        type=cli.path,
+        metavar="DIR",
+        help="check and measure what only a GPU can show, stage by stage: DIR/report.json and .md",
+    )
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), help="training.device")
     parser.add_argument(
         "--json", type=cli.path, metavar="FILE", help="write everything, raw times too"
     )
@@ -283,6 +294,10 @@ def _check(arguments: argparse.Namespace, config: Config) -> None:
     """Raise ConfigError for what would otherwise fail after minutes."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("benchmark.py measures one process; start it without torchrun")
+    if arguments.gpu_report:
+        if arguments.gpu_report.exists() and not arguments.gpu_report.is_dir():
+            raise ConfigError(f"--gpu_report {arguments.gpu_report}: is no directory; name one")
+        return
     missing = [n for n in ("transformers", "accelerate") if importlib.util.find_spec(n) is None]
     if arguments.peer and missing:
         raise ConfigError(
@@ -305,6 +320,25 @@ def _check(arguments: argparse.Namespace, config: Config) -> None:
         raise ConfigError(f"--json {arguments.json}: {arguments.json.parent} is no directory")
 
 
+@contextlib.contextmanager
+def _scratch(config: Config) -> Iterator[Path]:
+    """A temporary directory, and an empty compiler's cache: the first round of a side fills it."""
+    cache = Path(config.data.cache_dir)  # on the disk that training uses, not in a /tmp in memory
+    cache.mkdir(parents=True, exist_ok=True)
+    for left in cache.glob("benchmark-*-*"):  # of one that was killed
+        if not Path(f"/proc/{left.name.split('-')[1]}").exists():
+            shutil.rmtree(left, ignore_errors=True)
+    temporary = functools.partial(tempfile.TemporaryDirectory, prefix=f"benchmark-{os.getpid()}-")
+    with temporary(dir=cache.resolve()) as scratch, temporary() as compiled:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = compiled
+        yield Path(scratch)
+
+
+def _command() -> str:
+    """This command, as one would type it."""
+    return shlex.join(["python", "benchmark.py", *sys.argv[1:]])
+
+
 def main() -> int:
     """Measure what the command line asks for, each part in a process of its own.
 
@@ -323,25 +357,27 @@ def _main() -> int:
         answer = WORKERS[arguments.worker](config, arguments)
         (arguments.scratch / "answer.json").write_text(json.dumps(answer), encoding="utf-8")
         return 0
+    if not arguments.gpu_report:
+        arguments.only = _known("--only", arguments.only, MEASUREMENTS) or MEASUREMENTS
+    arguments.peer = [p for p in _known("--peer", arguments.peer, (*PEERS, "none")) if p != "none"]
     _check(arguments, config)
-    cache = Path(config.data.cache_dir)  # on the disk that training uses, not in a /tmp in memory
-    cache.mkdir(parents=True, exist_ok=True)
+    if arguments.gpu_report:
+        from smollm.gpu_report import document  # imports torch
+
+        stages = _known("--only", arguments.only, document.STAGES) or [*document.STAGES]
+        with _scratch(config) as arguments.scratch:
+            document.write(arguments.gpu_report, stages, _command(), config, arguments)
+        return 0
     result: Result = {
-        "command": shlex.join(["python", "benchmark.py", *sys.argv[1:]]),
+        "command": _command(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "settings": {k: getattr(arguments, k) for k in SETTINGS},
         "environment": {k: v for k, v in os.environ.items() if k.startswith(VARIABLES)},
         "config": to_dict(config),
     }
-    for left in cache.glob("benchmark-*-*"):  # of one that was killed
-        if not Path(f"/proc/{left.name.split('-')[1]}").exists():
-            shutil.rmtree(left, ignore_errors=True)
-    temporary = functools.partial(tempfile.TemporaryDirectory, prefix=f"benchmark-{os.getpid()}-")
     try:
-        with temporary(dir=cache.resolve()) as scratch, temporary() as compiled:
-            # Empty at first: the first round of a side compiles, later ones find what it left.
-            os.environ["TORCHINDUCTOR_CACHE_DIR"] = compiled
-            measure(config, arguments, Path(scratch), result)
+        with _scratch(config) as scratch:
+            measure(config, arguments, scratch, result)
     finally:  # what was measured before an error or Ctrl-C is not lost
         if arguments.json and "machine" in result:
             arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

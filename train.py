@@ -45,36 +45,40 @@ def train(run: Run) -> None:
     """
     training = run.config.training
     run.catch_up()
-    for step in range(run.progress.step + 1, run.job.last + 1):
-        input_ids, labels = run.batch(step)
-        taken = run.train_step(step, input_ids, labels)  # not, where a signal came in mid-step
-        if taken:
-            run.count_step(step)
+    with run.profiler() as profiler:
+        for step in range(run.progress.step + 1, run.job.last + 1):
+            with run.stopwatch.pause():
+                profiler.before(step)
+            input_ids, labels = run.batch(step)
+            taken = run.train_step(step, input_ids, labels)  # not, where a signal came in mid-step
+            if taken:
+                run.count_step(step)
 
-        log = taken and run.is_due(step, training.logging_steps)
-        evaluate = taken and run.is_due(step, training.eval_steps)
-        sample = taken and run.is_due(step, training.sample_steps)
-        save = taken and run.saves(step)
-        if not (log or evaluate or sample or save or run.checks_signals(step)):
-            continue
+            log = taken and run.is_due(step, training.logging_steps)
+            evaluate = taken and run.is_due(step, training.eval_steps)
+            sample = taken and run.is_due(step, training.sample_steps)
+            save = taken and run.saves(step)
+            if not (log or evaluate or sample or save or run.checks_signals(step)):
+                continue
 
-        result = run.read_step()
-        run.check_directories()
-        stop = result.signal != 0 or run.interrupted()
-        if log:
-            run.report(result)
-        if evaluate and not stop:
-            stop = not run.evaluate()
-        if sample and not stop:
-            run.sample()
-        if (evaluate or sample) and not stop:
-            run.draw()
-        # Last: a run that is killed in an evaluation or a sample repeats it. A new best is saved:
-        # the model whose loss is reported exists. Where a signal stops it, `Run.finish` saves.
-        if save or (evaluate and run.is_best):
-            run.save()
-        if stop:
-            break
+            result = run.read_step()
+            run.check_directories()
+            stop = result.signal != 0 or run.interrupted()
+            if log:
+                run.report(result)
+            if evaluate and not stop:
+                stop = not run.evaluate()
+            if sample and not stop:
+                run.sample()
+            if (evaluate or sample) and not stop:
+                run.draw()
+            # Last: a run that is killed in an evaluation or a sample repeats it. A new best is
+            # saved: the model whose loss is reported exists. Where a signal stops it, `Run.finish`
+            # saves.
+            if save or (evaluate and run.is_best):
+                run.save()
+            if stop:
+                break
 
 
 def weights_to_start_with(arguments: argparse.Namespace) -> str | None:

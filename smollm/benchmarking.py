@@ -51,14 +51,14 @@ Result = dict[str, Any]
 # --- our side ------------------------------------------------------------------------------------
 
 
-def _wait(device: torch.device) -> float:
+def wait_for(device: torch.device) -> float:
     """Wait until the device has done everything; returns the time."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def _device(config: Config) -> tuple[torch.device, torch.dtype]:
+def device_of(config: Config) -> tuple[torch.device, torch.dtype]:
     """The device and the compute dtype that the configuration asks for."""
     device = hardware.choose_device(config.training.device)
     return device, hardware.choose_dtype(config.training.precision, device)
@@ -80,7 +80,7 @@ class Clock:
 
     def seconds(self) -> list[float]:
         """The seconds between successive marks."""
-        _wait(self.device)
+        wait_for(self.device)
         pairs = list(zip(self.marks, self.marks[1:], strict=False))
         if self.device.type == "cuda":
             return [before.elapsed_time(after) / 1e3 for before, after in pairs]
@@ -88,7 +88,7 @@ class Clock:
 
 
 @contextlib.contextmanager
-def _run(
+def prepared_run(
     config: Config, last: int, directory: Path, resume_from: Path | None = None, saves: bool = True
 ) -> Iterator[Run]:
     """A run as the program sets it up, ready to take steps, but on random token ids.
@@ -122,7 +122,7 @@ def _run(
 def train_ours(config: Config, arguments: argparse.Namespace) -> Result:
     """The steps of the training loop, which reads no numbers between them."""
     began, last = time.perf_counter(), arguments.warmup + arguments.steps
-    with _run(config, last, arguments.scratch / "run", saves=False) as run:
+    with prepared_run(config, last, arguments.scratch / "run", saves=False) as run:
         clock, waits = Clock(run.hardware.device), []
         for step in range(1, last + 1):
             asked = time.perf_counter()
@@ -130,7 +130,7 @@ def train_ours(config: Config, arguments: argparse.Namespace) -> Result:
             waits.append(time.perf_counter() - asked)
             run.train_step(step, input_ids, labels)
             if step == 1:
-                first = _wait(run.hardware.device) - began
+                first = wait_for(run.hardware.device) - began
             if step >= arguments.warmup:
                 clock.mark()
         seconds = clock.seconds()
@@ -173,25 +173,25 @@ def matrix_products_seconds(run: Run) -> float:
         )
         seconds = []
         for _ in range(6):
-            began = _wait(device)
+            began = wait_for(device)
             F.linear(x, weight), gradient @ weight, gradient.T @ x
-            seconds.append(_wait(device) - began)
+            seconds.append(wait_for(device) - began)
         total += count * statistics.median(seconds[1:])
     return total * (run.config.sequences_per_step // run.train_step.micro_batch)
 
 
 def _timed_step(run: Run) -> float:
     """Take the run's next step and wait for it; returns its seconds."""
-    began, step = _wait(run.hardware.device), run.progress.step + 1
+    began, step = wait_for(run.hardware.device), run.progress.step + 1
     run.train_step(step, *run.batch(step))
     run.count_step(step)
-    return _wait(run.hardware.device) - began
+    return wait_for(run.hardware.device) - began
 
 
 def checkpoint_ours(config: Config, arguments: argparse.Namespace) -> Result:
     """Save while training goes on."""
     root = arguments.scratch / "checkpoints"
-    with _run(config, 64, root) as run:
+    with prepared_run(config, 64, root) as run:
         quiet = statistics.median([_timed_step(run) for _ in range(arguments.warmup + 5)][-5:])
         run.host_copy.thread.join()  # a run's first save comes after hundreds of steps
         began, meanwhile = time.time(), []
@@ -217,8 +217,8 @@ def resume_ours(config: Config, arguments: argparse.Namespace) -> Result:
     path = resume.find_resume(root, "auto", print)
     verified = time.perf_counter()
     last = store.read_trainer_state(path)["step"] + 1
-    with _run(config, last, root, path) as run:
-        ready = _wait(run.hardware.device)
+    with prepared_run(config, last, root, path) as run:
+        ready = wait_for(run.hardware.device)
         first_step = _timed_step(run)
     return {
         "seconds": [ready - began],
@@ -276,15 +276,15 @@ def _generated(generate: Callable[[], int], device: torch.device) -> Result:
     """Time `generate`, which returns the number of new tokens, after a warm-up."""
     tokens, seconds = generate(), []
     for _ in range(3):
-        began = _wait(device)
+        began = wait_for(device)
         generate()
-        seconds.append(_wait(device) - began)
+        seconds.append(wait_for(device) - began)
     return {"seconds": seconds, "tokens": tokens}
 
 
 def generate_ours(config: Config, arguments: argparse.Namespace) -> Result:
     """generation.generate_ids on random weights, which it leaves for the peer."""
-    device, dtype = _device(config)
+    device, dtype = device_of(config)
     model = CausalLM(config.model, dtype)
     initialize(model, torch.Generator().manual_seed(config.training.seed))
     directory = arguments.scratch / "model"
@@ -329,7 +329,7 @@ def generate_transformers(config: Config, arguments: argparse.Namespace) -> Resu
     """transformers' generate, from the same weights in the same dtype."""
     from transformers import AutoModelForCausalLM
 
-    device, dtype = _device(config)
+    device, dtype = device_of(config)
     model = AutoModelForCausalLM.from_pretrained(arguments.scratch / "model", dtype=dtype)
     model = model.to(device).eval()
     prompts, new = _prompts(config)
@@ -384,7 +384,7 @@ def _trainer_steps(
     class Callback(transformers.TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 1:
-                first.append(_wait(device) - began)
+                first.append(wait_for(device) - began)
             if state.global_step >= arguments.warmup:
                 clock.mark()
 
@@ -410,7 +410,7 @@ def _trainer_options(
     """TrainingArguments: our settings where it has them, nothing logged, saved or evaluated."""
     import transformers
 
-    (device, dtype), training = _device(config), config.training
+    (device, dtype), training = device_of(config), config.training
     same = ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "seed")
     same += ("adam_beta1", "adam_beta2", "adam_epsilon")
     return transformers.TrainingArguments(
@@ -451,6 +451,7 @@ def environment(config: Config, arguments: argparse.Namespace) -> Result:
         "versions": versions,
         "precision": str(machine.dtype).removeprefix("torch."),
         "attention": machine.attention.reason,
+        "compile": machine.compile,
         "parameters": count_parameters(config.model).total,
         "peak_flops": hardware.peak_flops(machine.device),
         "flops_per_token_half": flops_per_token(config.model, length),

@@ -162,6 +162,8 @@ def configuration(
         flags["--train_steps"] = (f"training.{steps_key}", arguments.train_steps)
     if arguments.input_file:
         flags["--input_file"] = ("data.input_files", arguments.input_file)
+    if getattr(arguments, "device", None):
+        flags["--device"] = ("training.device", arguments.device)
     problems = unknown_flags(arguments)
     try:
         config = load(arguments.config, words, flags, fixed)

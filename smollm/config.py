@@ -114,6 +114,7 @@ class TrainingConfig:
     eval_steps: int = _setting(500, 1, LAST_STEP)
     save_steps: int = _setting(500, 1, LAST_STEP)
     sample_steps: int = _setting(500, 1, LAST_STEP)
+    profile: tuple[int, ...] = _setting((), 1, LAST_STEP)
 
 
 @dataclass(frozen=True)
@@ -259,6 +260,12 @@ def conflicts(config: Config) -> Iterator[str]:
         )
     if training.train_steps + training.continue_steps > LAST_STEP:
         yield f"training.train_steps + training.continue_steps is larger than {LAST_STEP}"
+    steps = training.profile
+    if steps and (len(steps) != 2 or steps[0] > steps[1]):
+        yield (
+            f"training.profile: got {list(steps)}, expected a list of the first and the last step, "
+            "such as [20, 23]"
+        )
     if config.tokenizer.source == "train" and model.vocab_size < 258:
         yield (
             f"model.vocab_size {model.vocab_size} is smaller than 258, the least that "

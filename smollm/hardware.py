@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
+from model import CausalLM
 from smollm import attention, cuda
 from smollm.attention import Attention
 from smollm.config import Config
@@ -167,7 +168,7 @@ def step_conditions(hardware: Hardware) -> Iterator[None]:
             gc.unfreeze()
 
 
-def compile_model(model: torch.nn.Module, hardware: Hardware, fullgraph: bool) -> None:
+def compile_model(model: CausalLM, hardware: Hardware, fullgraph: bool) -> None:
     """Compile the model where that was decided; the loss is inside, so logits never leave."""
     if hardware.compile != "false":
         # By default a compiled graph that recomputes random operations (attention counts as one)
@@ -179,6 +180,19 @@ def compile_model(model: torch.nn.Module, hardware: Hardware, fullgraph: bool) -
         options = {"coordinate_descent_tuning": True} if hardware.compile == "max" else None
         fullgraph = fullgraph and hardware.attention.keeps_graph
         model.compile(dynamic=False, fullgraph=fullgraph, options=options)
+
+
+def set_gradient_checkpointing(model: CausalLM, mode: str, hardware: Hardware) -> None:
+    """Set what the backward pass computes again: `training.gradient_checkpointing`.
+
+    For "none" a compiled graph computes again what needs no matrix product. By default it would
+    keep what a matrix product of the backward pass reads: GELU's result, and both norms'.
+    """
+    model.model.gradient_checkpointing = mode
+    if hardware.compile != "false":
+        from torch._functorch import config as functorch
+
+        functorch.ban_recompute_materialized_backward = mode != "none"  # read by each compilation
 
 
 @functools.cache

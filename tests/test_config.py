@@ -55,7 +55,7 @@ _LINE_SHAPES = [
     re.compile(shape)
     for shape in (
         # a value: the key, what was got, what is expected
-        r".+: [a-z]+\.[a-z_0-9]+: got .+, expected "
+        r"(.+: )?[a-z]+\.[a-z_0-9]+: got .+, expected "
         r"(a whole number from|a number from|true or false|one of|a list of|a text).*",
         r"command line: got .+, expected section\.key=value.*",
         # a name: which, and the nearest right one where one is near

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -117,6 +118,29 @@ def test_losses_are_those_of_one_process(
         for key, tensor in theirs.items():
             if not key.startswith("rng."):
                 torch.testing.assert_close(ours[key], tensor, atol=1e-4, rtol=1e-3, msg=key)
+
+
+def test_gradients_are_reduced_while_others_are_computed(tmp_path: Path) -> None:
+    """Compiled, DDP: by the trace of a step, reductions begin before the last part of the backward
+    pass does. PyTorch's DDPOptimizer divides the graph at the buckets
+    (torch/_dynamo/backends/distributed.py); as one graph, none would."""
+    write_tiny(tmp_path)
+    result = on_ranks(
+        tmp_path, 2, "--train_steps", "3", "training.compile=true", "training.parallel=ddp",
+        "model.hidden_size=768", "model.num_hidden_layers=2", "model.intermediate_size=3072",
+        "training.gradient_accumulation_steps=1", "training.profile=[2,2]",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout
+    (path,) = (tmp_path / "run/logs/profile").iterdir()
+    assert path.name == "step_000002-000002.json.gz" and f"profile/{path.name}" in result.stdout
+    recorded = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    starts = {
+        name: [event["ts"] for event in recorded if event.get("name") == name]
+        for name in ("c10d::allreduce_", "CompiledFunctionBackward")
+    }
+    last = max(starts["CompiledFunctionBackward"])
+    before = sum(start < last for start in starts["c10d::allreduce_"])
+    assert before >= 2, starts
 
 
 @pytest.mark.parametrize(("kind", "optimizer"), [("ddp", "adamw"), ("fsdp", "muon")])

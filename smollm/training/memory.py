@@ -64,10 +64,13 @@ def peak_bytes(
     kept, layer = _layer_bytes(model, checkpointing, compiled, itemsize)
     # Beside what all layers keep: one layer's backward pass, or the loss's. Compiled, there are
     # logits once, in the compute dtype, else three times in fp32.
-    hidden = 3 if compiled and checkpointing != "none" else 2
+    hidden = 2
+    if compiled:
+        hidden = 4 if checkpointing == "none" else 3
     head = hidden * width + (itemsize * vocabulary if compiled else 12 * model.vocab_size)
     # Weights in the compute dtype: all of them are kept for the backward pass, or the head's.
-    casts = parameters if checkpointing == "none" else 2 * vocabulary * model.hidden_size
+    keeps_all = checkpointing == "none" and not compiled
+    casts = parameters if keeps_all else 2 * vocabulary * model.hidden_size
     # Weights and optimizer; gradients, which are whole until the last micro-batch is reduced.
     fixed = resident // shards + 4 * parameters
     passes = tokens * (model.num_hidden_layers * kept + max(head, layer))
@@ -95,21 +98,26 @@ def _layer_bytes(
     # Of the MLP: before GELU, and after it; or gate and up, their product, and the gate after SiLU
     # (which a compiled graph computes again).
     products, activations = (2, 1 if compiled else 2) if llama else (1, 1)
-    # The inputs of both norms, of q, k and v, of the output projection and of the MLP; q, k, v
-    # before RoPE, q and k after it.
-    whole = 7 * w + 3 * n + (products + activations) * i
+    # The inputs of both norms, of q, k and v, of the output projection and of the MLP; q and k
+    # after RoPE, v.
+    whole = 6 * w + 2 * n + (products + activations) * i
+    # The results of the matrix products; those as wide as the MLP's are computed again.
+    saved = (4 if compiled else 5) * w + 2 * n - (w + 2 * n if i == w + 2 * n else 0)
     kept = {
-        "none": whole,
-        # the matrix products' results
-        "selective": (4 if compiled else 5) * w + 2 * n + products * i,
+        # compiled, without the results of the norms and of the MLP's activation
+        "none": whole - 2 * w - activations * i if compiled else whole,
+        "selective": saved,
         "full": w,
     }[checkpointing]
     if checkpointing != "full":
         kept += 4 * model.num_attention_heads  # the softmax's logarithms, fp32
-    backward = {"none": 2 * w + i, "selective": 2 * w + 2 * i}
-    backward["full"] = whole + (2 * i - w if compiled else i)
+    backward = {
+        "none": w + 2 * products * i if compiled else 2 * w + i,
+        "selective": 2 * w + 3 * i if compiled else 3 * w + 3 * i,
+        "full": whole + (2 * i - w if compiled else i),
+    }
     if llama:
-        backward["selective"] = 3 * w + 4 * n + 4 * i if compiled else 5 * w + n + 6 * i
+        backward["selective"] = 3 * w + 4 * n + 6 * i if compiled else 4 * w + 8 * i
         backward["full"] = whole + (2 * w + 3 * n + 3 * i if compiled else w + 4 * i)
     return kept, backward[checkpointing]
 
@@ -204,7 +212,7 @@ def _set(run: Run, model: CausalLM, setting: Setting) -> None:
     """Have the run, and the model that is tried, compute their steps so."""
     run.train_step.micro_batch = setting.micro_batch
     for each in (run.model, model):
-        each.model.gradient_checkpointing = setting.gradient_checkpointing
+        hardware.set_gradient_checkpointing(each, setting.gradient_checkpointing, run.hardware)
 
 
 def _first_expected_to_fit(run: Run, ladder: list[Setting]) -> int:

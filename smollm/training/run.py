@@ -33,6 +33,7 @@ from smollm.errors import DivergedError
 from smollm.hardware import Hardware
 from smollm.randomness import derive_seed
 from smollm.tracking.metrics import bits_per_byte, perplexity
+from smollm.tracking.profiling import StepProfiler
 from smollm.tracking.tracker import Tracker, duration, human
 from smollm.training.evaluation import evaluate_parts, histograms, together
 from smollm.training.job import Job
@@ -151,6 +152,13 @@ class Run:
         """Whether a checkpoint is due after this step."""
         training = self.config.training
         return self.is_due(step, training.save_steps) or is_before_decay(step, training)
+
+    def profiler(self) -> StepProfiler:
+        """Records the steps of `training.profile`, on rank 0."""
+        return StepProfiler(
+            self.config.training.profile if self.job.writes else (),
+            self.job.log_dir / "profile", self.hardware.device.type == "cuda", self.tracker.log,
+        )  # fmt: skip
 
     def checks_signals(self, step: int) -> bool:
         """Whether to read this step in case a signal came; the same answer on every process."""

@@ -222,7 +222,8 @@ def _build_model(
         weights: to start with; fresh ones are drawn where there is neither.
     """
     model = CausalLM(config.model, machine.dtype, machine.attention.name)
-    model.model.gradient_checkpointing = config.training.gradient_checkpointing
+    checkpointing = config.training.gradient_checkpointing
+    hardware.set_gradient_checkpointing(model, checkpointing, machine)
     if saved:
         state.load_weights(model, saved)
     else:

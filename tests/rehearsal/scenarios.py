@@ -126,7 +126,7 @@ def peaks(recorder: pretend.Recorder, mode: str, how: str, *words: str) -> dict[
     with modes, sdpa_kernel(list(machine.attention.backends), set_priority=True):
         with torch.device("cuda"):
             model = CausalLM(config.model, machine.dtype, machine.attention.name)
-        model.train().model.gradient_checkpointing = mode
+        hardware.set_gradient_checkpointing(model.train(), mode, machine)
         optimizers = build_optimizers(model, config.training, machine.dtype)
         if how != "eager":
             hardware.compile_model(model, machine, fullgraph=True)

@@ -31,10 +31,15 @@ SLIM = (
     "model.num_hidden_layers=2 model.hidden_size=640 model.num_attention_heads=10 "
     "model.intermediate_size=1920 model.vocab_size=16000"
 )
-LLAMA = (  # two layers of SmolLM2-135M's, and few entries: the layers are what counts
+LLAMA = (  # two layers of SmolLM2-135M
     "model.architecture=llama model.num_hidden_layers=2 model.hidden_size=576 "
     "model.num_attention_heads=9 model.num_key_value_heads=3 model.intermediate_size=1536 "
-    "model.vocab_size=8192 model.tie_word_embeddings=true"
+    "model.vocab_size=49152 model.tie_word_embeddings=true"
+)
+WIDE = (  # Llama layers that take more than the logits
+    "model.architecture=llama model.num_hidden_layers=4 model.hidden_size=1024 "
+    "model.num_attention_heads=16 model.num_key_value_heads=4 model.intermediate_size=2816 "
+    "model.vocab_size=2048"
 )
 STATIC = "model.num_hidden_layers=1 training.batch_size=16"
 
@@ -81,7 +86,7 @@ def estimated(case: str, size: str) -> int:
 # Whose graphs take minutes, by night: the documented rows of two modes, of which four layers are
 # compared by day, and a further shape, whose eager rows are.
 FOUR = "model.num_hidden_layers=4"
-NIGHT = ("selective, all layers", "full, all layers", "slim")
+NIGHT = ("selective, all layers", "full, all layers", "slim", "wide")
 MODES = ("none", "selective", "full")
 # Muon's own step is the peak where the layers' matrices are large and the tokens few.
 MUON = "training.optimizer=muon model.vocab_size=1024 model.num_hidden_layers=16"
@@ -97,6 +102,7 @@ CASES = {
                f"none compiled {STATIC}", f"none static {STATIC}"],
     "slim": [f"selective static {SLIM} training.batch_size=48",
              f"full static {SLIM} training.batch_size=12"],
+    "wide": [f"{mode} {how} {WIDE}" for mode in MODES for how in ("compiled", "eager")],
     "llama": [f"none static {LLAMA} training.batch_size=24",
               f"selective static {LLAMA} training.batch_size=48",
               f"full static {LLAMA} training.batch_size=12",

@@ -112,12 +112,12 @@ def test_the_ladder(start: Setting, expected: str) -> None:
     ("gib", "itemsize", "expected"),
     [
         (80, 2, Setting(48, "none")),
-        (40, 2, Setting(32, "none")),
-        (24, 2, Setting(16, "none")),
-        (16, 2, Setting(12, "none")),
-        (12, 2, Setting(8, "none")),
-        (8, 2, Setting(8, "full")),
-        (15, 4, Setting(8, "selective")),
+        (40, 2, Setting(48, "none")),
+        (24, 2, Setting(32, "none")),
+        (16, 2, Setting(16, "none")),
+        (12, 2, Setting(12, "none")),
+        (8, 2, Setting(8, "selective")),
+        (15, 4, Setting(8, "none")),
     ],
 )
 def test_the_first_try_by_the_size_of_the_card(gib: int, itemsize: int, expected: Setting) -> None:

@@ -1,0 +1,275 @@
+"""Stages that take a run's steps: memory, speed, checkpoints, a resume, and a peer.
+
+Each is a function of the configuration, whose shapes it takes, and the command line's arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import functools
+import importlib.util
+import json
+import math
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import train
+from model import (
+    flops_per_token,
+)
+from smollm import atomic, benchmarking, hardware
+from smollm.benchmarking import Result, prepared_run, wait_for
+from smollm.checkpoint import state, store
+from smollm.config import GRADIENT_CHECKPOINTING, Config, replace_training, to_dict
+from smollm.errors import UserError
+from smollm.gpu_report.checks import clean, cuda_only, with_layers
+from smollm.gpu_report.processes import CannotRunError, Findings, in_child
+from smollm.training.memory import GIB, peak_bytes, usable_bytes
+from smollm.training.run import Run
+
+
+def _with_length(config: Config, length: int) -> Config:
+    """The configuration with windows of another length."""
+    return dataclasses.replace(
+        config, data=dataclasses.replace(config.data, sequence_length=length)
+    )
+
+
+def check_memory(config: Config, arguments: argparse.Namespace) -> Findings:
+    """The peak of a step of two micro-batches against `memory.peak_bytes`, in each mode."""
+    device, found = cuda_only(config, "measuring its memory"), Findings()
+    training = config.training
+    for mode in GRADIENT_CHECKPOINTING:
+        clean()
+        each = replace_training(
+            config, gradient_checkpointing=mode, fit_memory=False, gradient_accumulation_steps=2
+        )
+        machine = hardware.choose(each)
+        expected = peak_bytes(
+            each.model, training.batch_size * each.data.sequence_length, mode,
+            machine.compile != "false", machine.dtype.itemsize, optimizer=training.optimizer,
+        )  # fmt: skip
+        if expected > usable_bytes(hardware.free_memory(device) or 0):
+            found.figure(mode, f"{expected / GIB:.1f} GiB estimated: more than this GPU has free")
+            continue
+        with prepared_run(each, 2, arguments.scratch / mode, saves=False) as run:
+            run.train_step(1, *run.batch(1))
+            run.train_step.read()
+            peak = torch.cuda.max_memory_allocated(device)
+        del run
+        found.at_most(f"{mode}: estimate / peak, from 1", abs(expected / peak - 1), 0.05)
+        found.figure(f"{mode}: peak", peak / GIB, "GiB")
+        found.figure(f"{mode}: estimated", expected / GIB, "GiB")
+    return found
+
+
+def check_out_of_memory(config: Config, arguments: argparse.Namespace) -> Findings:
+    """A GPU of which the process may use too little: training goes on with less memory."""
+    device, found = cuda_only(config, "running out of its memory"), Findings()
+    config = replace_training(with_layers(config, 2), fit_memory=True)
+    training, machine = config.training, hardware.choose(config)
+    tokens = training.batch_size * config.data.sequence_length
+    expected = peak_bytes(
+        config.model, tokens, training.gradient_checkpointing, machine.compile != "false",
+        machine.dtype.itemsize, optimizer=training.optimizer,
+    )  # fmt: skip
+    limit = min(1.0, 0.6 * expected / hardware.total_memory(device))
+    torch.cuda.set_per_process_memory_fraction(limit, device)
+    with prepared_run(config, 2, arguments.scratch / "small", saves=False) as run:
+        run.train_step(1, *run.batch(1))
+        result = run.train_step.read()
+        size, mode = run.train_step.micro_batch, run.model.model.gradient_checkpointing
+    smaller = (size, mode) != (training.batch_size, training.gradient_checkpointing)
+    found.holds("the memory ran out, and other settings were found", smaller)
+    found.holds("a step with them is finite", result.nonfinite is None)
+    found.figure("memory that may be used", 0.6 * expected / GIB, "GiB")
+    found.figure("settings found", f"micro-batches of {size}, {mode} gradient checkpointing")
+    return found
+
+
+def measure_speed(config: Config, arguments: argparse.Namespace) -> Findings:
+    """Timed steps of the training loop with windows of half the length, and of the whole."""
+    found, facts = Findings(), benchmarking.environment(config, arguments)
+    whole = config.data.sequence_length
+    for length in (max(1, whole // 2), whole):
+        clean()
+        each = _with_length(config, length)
+        result = benchmarking.train_ours(each, arguments)
+        seconds = sorted(result["seconds"])
+        median, name = statistics.median(seconds), f"T={length:,}"
+        speed = each.tokens_per_step / median
+        found.figure(f"{name}: a step, median of {len(seconds)}", 1e3 * median, "ms")
+        spread = f"{1e3 * seconds[0]:,.1f} to {1e3 * seconds[-1]:,.1f}"
+        found.figure(f"{name}: from the shortest to the longest", spread, "ms")
+        found.figure(f"{name}: speed", speed, "tokens/s")
+        for way, causal in (("half", True), ("full", False)):
+            share = speed * flops_per_token(each.model, length, causal)
+            mfu = 100 * share / facts["peak_flops"] if facts["peak_flops"] else None
+            found.figure(f"{name}: MFU, attention counted {way}", mfu, "%")
+        found.figure(f"{name}: peak memory", result["peak_memory_gib"], "GiB")
+        products = 100 * result["matrix_products_seconds"] / median
+        found.figure(f"{name}: of it, the matrix products alone", products, "%")
+        settings = f"{result['micro_batch']}, {result['gradient_checkpointing']}"
+        found.figure(f"{name}: micro-batch, gradient checkpointing", settings)
+        found.holds(f"{name}: the loss is finite", math.isfinite(result["last_loss"]))
+    return found
+
+
+def _first_step(config: Config, arguments: argparse.Namespace) -> Result:
+    """Seconds from a model to the end of its first step."""
+    began = time.perf_counter()
+    with prepared_run(config, 1, arguments.scratch / "first", saves=False) as run:
+        run.train_step(1, *run.batch(1))
+        return {"seconds": wait_for(run.hardware.device) - began}
+
+
+def measure_compile_cache(config: Config, arguments: argparse.Namespace) -> Findings:
+    """The first step of two fresh processes: with an empty compiler cache, then with a full one."""
+    if in_child(benchmarking.environment, config, arguments)["compile"] == "false":
+        raise CannotRunError("nothing is compiled")
+    found = Findings()
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(arguments.scratch / "inductor")}
+    for name in ("an empty", "a full"):
+        answer = in_child(_first_step, config, arguments, **cache)
+        found.figure(f"first step with {name} compiler cache", answer["seconds"], "s")
+    return found
+
+
+def check_saving(config: Config, arguments: argparse.Namespace) -> Findings:
+    """A checkpoint of the whole model, read again, against what is on the device."""
+    found, root = Findings(), arguments.scratch / "checkpoints"
+    with prepared_run(config, 1, root) as run:
+        run.train_step(1, *run.batch(1))
+        run.count_step(1)
+        run.host_copy.thread.join()
+        began = time.perf_counter()
+        run.save()
+        stalled = time.perf_counter() - began
+        run.writer.wait(final=True)
+        written = time.perf_counter() - began
+        live = _live(run)
+        pinned = all(buffer.is_pinned() for buffer in run.host_copy.buffers.values())
+    if run.hardware.device.type == "cuda":
+        found.holds("the host's buffers are pinned", pinned)
+    directory = store.directory_of(root, 1)
+    began = time.perf_counter()
+    found.holds("it is whole on the disk", store.problem(directory) is None)
+    saved = store.read(directory)
+    tensors = {**saved.weights, **saved.training_state}
+    found.figure("read and verified", time.perf_counter() - began, "s")
+    same = all(torch.equal(tensors[name], value) for name, value in live.items())
+    found.holds("every weight and the optimizer's state, bit for bit", same)
+    with prepared_run(config, 2, root, directory) as again:
+        loaded = _live(again)
+    same = loaded.keys() == live.keys() and all(torch.equal(loaded[k], live[k]) for k in live)
+    found.holds("loaded onto the device again, bit for bit", same)
+    size = sum(path.stat().st_size for path in directory.iterdir())
+    found.figure("size", size / 1e6, "MB")
+    found.figure("training waits", stalled, "s")
+    found.figure("until it is on the disk", written, "s")
+    return found
+
+
+def _live(run: Run) -> dict[str, Tensor]:
+    """Copies of the weights and the optimizers' state, by their names in a checkpoint."""
+    optimizers = run.train_step.optimizers
+    tensors = [*run.model.named_parameters(), *state.optimizer_tensors(run.model, optimizers)]
+    return {name: tensor.detach().cpu().clone() for name, tensor in tensors}
+
+
+def measure_stall(config: Config, arguments: argparse.Namespace) -> Findings:
+    """A checkpoint while training goes on, and a fresh process that goes on from it."""
+    found = Findings()
+    saved = in_child(benchmarking.checkpoint_ours, config, arguments)
+    resumed = in_child(benchmarking.resume_ours, config, arguments)
+    found.figure("size", saved["bytes"] / 1e6, "MB")
+    found.figure("training waits", saved["stall_seconds"], "s")
+    found.figure("training time lost in all", saved["lost_seconds"], "s")
+    found.figure("until it is on the disk", saved["seconds"][0], "s")
+    found.figure("resume: find and verify", resumed["verify_seconds"], "s")
+    found.figure("resume: read and load", resumed["load_seconds"], "s")
+    found.figure("resume: then the first step", resumed["first_step_seconds"], "s")
+    return found
+
+
+def _train(config: Config, arguments: argparse.Namespace) -> Result:
+    """train.py's main; the process ends with its exit code."""
+    directory = arguments.scratch
+    atomic.write_json(directory / "config.yaml", to_dict(config))  # JSON is YAML
+    words = ["--config", str(directory / "config.yaml"), "--resume", "auto"]
+    words += ["--save_dir", str(directory / "run"), "--log_dir", str(directory / "logs")]
+    if code := train.main(words):
+        raise UserError(f"train.py ended with exit code {code}")
+    return {}
+
+
+def check_resume(config: Config, arguments: argparse.Namespace) -> Findings:
+    """train.py killed in mid-run and started again, against one that was not: the same bytes."""
+    found, last = Findings(), 8
+    source = "train" if config.tokenizer.source == "gpt2" else config.tokenizer.source
+    config = replace_training(
+        dataclasses.replace(
+            config, tokenizer=dataclasses.replace(config.tokenizer, source=source),
+            wandb=dataclasses.replace(config.wandb, mode="disabled"),
+            checkpoint=dataclasses.replace(config.checkpoint, keep_last=last),
+        ),
+        deterministic=True, train_steps=last, save_steps=2, logging_steps=1, profile=(),
+        batch_size=min(config.training.batch_size, 4), gradient_accumulation_steps=2,
+    )  # fmt: skip
+    killed, whole = (copy.copy(arguments) for _ in range(2))
+    killed.scratch, whole.scratch = (arguments.scratch / n for n in ("killed", "whole"))
+    for each in (killed, whole):
+        each.scratch.mkdir()
+    in_child(_train, config, whole)
+    with contextlib.suppress(ChildProcessError):
+        in_child(_train, config, killed, FAULT="step.forward:kill:10")
+    left = store.steps(killed.scratch / "run")
+    found.holds("killed in step 5, and a checkpoint is left", left in ([2], [2, 4]))
+    began = time.perf_counter()
+    in_child(_train, config, killed)
+    found.figure("the same command again, in all", time.perf_counter() - began, "s")
+    ends = [store.directory_of(each.scratch / "run", last) for each in (killed, whole)]
+    for name in (store.WEIGHTS, store.TRAINING_STATE):
+        same = ends[0].joinpath(name).read_bytes() == ends[1].joinpath(name).read_bytes()
+        found.holds(f"{name} of step {last}: the same bytes", same)
+    losses = [_losses(each.scratch / "logs/metrics.jsonl") for each in (killed, whole)]
+    found.holds("the same losses", losses[0] == losses[1] and len(losses[0]) == last)
+    return found
+
+
+def _losses(metrics: Path) -> dict[int, float]:
+    """The loss of each step, from a run's events."""
+    events = map(json.loads, metrics.read_text("utf-8").splitlines())
+    return {event["step"]: event["loss"] for event in events if event["event"] == "train"}
+
+
+def measure_trainer(config: Config, arguments: argparse.Namespace) -> Findings:
+    """Ours and Hugging Face Trainer in turn, with windows of half the length, twice."""
+    missing = [n for n in ("transformers", "accelerate") if importlib.util.find_spec(n) is None]
+    if missing:
+        raise CannotRunError(f"{' and '.join(missing)} cannot be imported")
+    found = Findings()
+    config = replace_training(
+        _with_length(config, max(1, config.data.sequence_length // 2)), optimizer="adamw"
+    )
+    arguments = copy.copy(arguments)
+    arguments.steps = max(2, arguments.steps // 4)
+    theirs = functools.partial(benchmarking.train_transformers, compiled=False)
+    sides: dict[str, list[float]] = {"ours": [], "Trainer": []}
+    for _ in range(2):
+        for name, function in (("ours", benchmarking.train_ours), ("Trainer", theirs)):
+            result = in_child(function, config, arguments)
+            sides[name].append(config.tokens_per_step / statistics.median(result["seconds"]))
+    for name, speeds in sides.items():
+        rounds = " and ".join(f"{speed:,.0f}" for speed in speeds)
+        found.figure(f"{name}, T={config.data.sequence_length:,}", rounds, "tokens/s")
+    ratios = [a / b for a, b in zip(sides["ours"], sides["Trainer"], strict=True)]
+    found.figure("ours / Trainer", " and ".join(f"{ratio:.2f}" for ratio in ratios))
+    return found
