@@ -53,7 +53,7 @@ def test_smollm2_takes_a_step(tmp_path: Path) -> None:
         tmp_path, "--config", str(ROOT / "configs/smollm2-135m.yaml"), "--train_steps", "1",
         "tokenizer.source=train", "data.sequence_length=64", "training.batch_size=1",
         "training.gradient_accumulation_steps=1", f"data.cache_dir={tmp_path / 'cache'}",
-        "data.validation_fraction=0.01", "generation.max_length=12", "generation.num_samples=1",
+        "data.validation_tokens=64", "generation.max_length=12", "generation.num_samples=1",
         "wandb.mode=disabled", timeout=300,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout

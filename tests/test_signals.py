@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import pty
 import re
@@ -46,6 +47,9 @@ PHASES = {
     "save": "save.weights:{}:3",
     "finish": "finish:{}:1",
 }
+# By day each phase gets one of the signals, and a step all of them; by night every pair, five times.
+BY_DAY = {(phase, [*CODES][number % len(CODES)]) for number, phase in enumerate(PHASES)}
+BY_DAY |= {("step", name) for name in CODES}
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +64,14 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made_once(tmp_path_factory, "both-phases", make)
 
 
-@pytest.mark.parametrize("again", [0, *(pytest.param(n, marks=SLOW) for n in range(1, 5))])
-@pytest.mark.parametrize("name", CODES)
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(
+    ("phase", "name", "again"),
+    [
+        pytest.param(*pair, again, marks=() if again == 0 and pair in BY_DAY else SLOW)
+        for pair in itertools.product(PHASES, CODES)
+        for again in range(5)
+    ],
+)
 def test_signal_in_each_phase(
     reference: Path, tmp_path: Path, phase: str, name: str, again: int
 ) -> None:

@@ -160,7 +160,8 @@ def test_the_full_model_takes_two_steps(tmp_path: Path) -> None:
         tmp_path, "--train_steps", "2", f"tokenizer.source={SHARED / 'gpt2-tokenizer.json'}",
         "data.sequence_length=256", "training.batch_size=2", "wandb.mode=disabled",
         "training.gradient_accumulation_steps=2", f"data.cache_dir={tmp_path / 'cache'}",
-        "generation.max_length=20", "data.validation_fraction=0.01", timeout=400,
+        "generation.max_length=20", "data.validation_fraction=0.01", "data.validation_tokens=512",
+        timeout=400,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout
     assert "123,654,144" in result.stdout and "262,928 tokens" in result.stdout

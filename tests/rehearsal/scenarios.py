@@ -20,6 +20,7 @@ import pretend
 
 ROOT = Path(__file__).resolve().parents[2]
 MICRO_BATCHES = (48, 24, 16, 12, 8)  # sequences
+ENDS = (48, 8)  # of these, for eager shapes that are not documented: they are on a line
 
 
 def live_bytes() -> Any:
@@ -132,7 +133,8 @@ def peaks(recorder: pretend.Recorder, mode: str, how: str, *words: str) -> dict[
             hardware.compile_model(model, machine, fullgraph=True)
         if how == "compiled":  # anew: one graph for every size
             model.compile(fullgraph=True)
-        for size in [config.training.batch_size] if how == "static" else MICRO_BATCHES:
+        sizes = ENDS if how == "eager" and words else MICRO_BATCHES
+        for size in [config.training.batch_size] if how == "static" else sizes:
             counter = live_bytes()
             ids = torch.zeros(2, size, length, dtype=torch.long, device="cuda")
             tree_map(counter.add, [ids, *model.parameters(), *model.buffers()])

@@ -83,17 +83,17 @@ def estimated(case: str, size: str) -> int:
     return peak_bytes(config.model, tokens, mode, how != "eager", optimizer=optimizer)
 
 
-# Whose graphs take minutes, by night: the documented rows of two modes, of which four layers are
-# compared by day, and a further shape, whose eager rows are.
-FOUR = "model.num_hidden_layers=4"
+# Whose graphs take minutes, by night: the documented rows of two modes, of which two layers are
+# compared by day, and further shapes, the eager rows of one of which are.
+TWO = "model.num_hidden_layers=2"
 NIGHT = ("selective, all layers", "full, all layers", "slim", "wide")
 MODES = ("none", "selective", "full")
 # Muon's own step is the peak where the layers' matrices are large and the tokens few.
 MUON = "training.optimizer=muon model.vocab_size=1024 model.num_hidden_layers=16"
 CASES = {
     "none": [f"none compiled {FULL}"],
-    "selective": [f"selective compiled {FOUR}"],
-    "full": [f"full compiled {FOUR}"],
+    "selective": [f"selective compiled {TWO}"],
+    "full": [f"full compiled {TWO}"],
     "selective, all layers": [f"selective compiled {FULL}"],
     "full, all layers": [f"full compiled {FULL}"],
     "eager": [*(f"{mode} eager {shape}" for mode in MODES for shape in (FULL, NARROW, SLIM)),
@@ -136,7 +136,8 @@ def test_the_memory_is_what_was_estimated(library: Path, tmp_path: Path, name: s
     if binaries:
         assert len(result["cubins"]) > 20 and min(result["cubins"].values()) > 1000
     if name == "others":  # one graph for all sizes takes what the graph of one size takes
-        assert found[f"none compiled {STATIC}"]["16"] == found[f"none static {STATIC}"]["16"]
+        one = found[f"none static {STATIC}"]["16"]
+        assert found[f"none compiled {STATIC}"]["16"] == pytest.approx(one, rel=0.005)
 
 
 def documented() -> dict[tuple[str, str], dict[str, str]]:
