@@ -47,7 +47,7 @@ PHASES = {
     "save": "save.weights:{}:3",
     "finish": "finish:{}:1",
 }
-# By day each phase gets one of the signals, and a step all of them; by night every pair, five times.
+# By day each phase gets one of the signals, a step all of them; by night every pair, five times.
 BY_DAY = {(phase, [*CODES][number % len(CODES)]) for number, phase in enumerate(PHASES)}
 BY_DAY |= {("step", name) for name in CODES}
 
