@@ -3,7 +3,7 @@
     python benchmark.py --config config_cpu.yaml
     python benchmark.py --config config_cpu.yaml --only train --peer transformers --json out.json \\
         training.optimizer=adamw
-    python benchmark.py --gpu_report report     # what only a GPU can show, in under 9 minutes
+    python benchmark.py --gpu_report report     # what only a GPU can show; at most 9 minutes
     python benchmark.py --config config.yaml --only train \\
         --peer transformers,transformers-compile training.batch_size=2 \\
         training.gradient_accumulation_steps=1 data.sequence_length=512
@@ -49,13 +49,13 @@ from smollm import cli
 from smollm.config import Config, to_dict
 from smollm.data import files
 from smollm.errors import ConfigError, UserError
+from smollm.peers import ALLOCATOR, side_environment
 from smollm.signals import StopSignals
 
 Result = dict[str, Any]
 MEASUREMENTS = ("tokenize", "train", "checkpoint", "generate")
 PEERS = ("transformers", "transformers-compile")
 DISTURBED = 0.05  # share of the CPUs; on 2 cores one busy neighbour can slow a step tenfold
-ALLOCATOR = ("MALLOC_", "PYTORCH_ALLOC_CONF")  # env.sh's settings that the peers' users do not have
 SETTINGS = ("steps", "warmup", "rounds", "text_mb", "same_environment")
 VARIABLES = (*ALLOCATOR, "OMP_", "KMP_", "LD_PRELOAD", "TORCH", "CUDA_", "TOKENIZERS_")
 
@@ -72,14 +72,9 @@ def _busy_seconds() -> float:
 
 def _work(name: str, scratch: Path) -> Result:
     """Run one worker in a process of its own; notes how busy others kept the machine meanwhile."""
-    variables = dict(os.environ)
-    # One GPU: Trainer would share its batch between several.
-    variables["CUDA_VISIBLE_DEVICES"] = variables.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    variables["WANDB_MODE"] = "disabled"
-    if "transformers" in name:
-        variables |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    if "transformers" in name and "--same_environment" not in sys.argv:
-        variables = {k: v for k, v in variables.items() if not k.startswith(ALLOCATOR)}
+    variables = side_environment(
+        os.environ, peer="transformers" in name, with_allocator="--same_environment" in sys.argv
+    )
     others, began = _busy_seconds(), time.perf_counter()
     done = subprocess.run(
         [sys.executable, __file__, *sys.argv[1:], "--worker", name, "--scratch", str(scratch)],
@@ -297,6 +292,10 @@ def _check(arguments: argparse.Namespace, config: Config) -> None:
     if arguments.gpu_report:
         if arguments.gpu_report.exists() and not arguments.gpu_report.is_dir():
             raise ConfigError(f"--gpu_report {arguments.gpu_report}: is no directory; name one")
+        if arguments.json or arguments.peer:
+            raise ConfigError(
+                "--gpu_report has files and a peer of its own; leave --json and --peer out"
+            )
         return
     missing = [n for n in ("transformers", "accelerate") if importlib.util.find_spec(n) is None]
     if arguments.peer and missing:

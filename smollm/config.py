@@ -14,6 +14,7 @@ from typing import Any
 from smollm.errors import printable
 
 LAST_STEP = 999_999  # names of checkpoint directories have six digits
+MOST_TRACED = 100  # steps: a trace is held in memory until it is written
 GRADIENT_CHECKPOINTING = ("none", "selective", "full")  # each keeps less than the one before
 
 
@@ -261,10 +262,10 @@ def conflicts(config: Config) -> Iterator[str]:
     if training.train_steps + training.continue_steps > LAST_STEP:
         yield f"training.train_steps + training.continue_steps is larger than {LAST_STEP}"
     steps = training.profile
-    if steps and (len(steps) != 2 or steps[0] > steps[1]):
+    if steps and not (len(steps) == 2 and 0 <= steps[1] - steps[0] < MOST_TRACED):
         yield (
-            f"training.profile: got {list(steps)}, expected a list of the first and the last step, "
-            "such as [20, 23]"
+            f"training.profile: got {list(steps)}, expected a list of the first and the last of at "
+            f"most {MOST_TRACED} steps, such as [20, 23]"
         )
     if config.tokenizer.source == "train" and model.vocab_size < 258:
         yield (

@@ -203,7 +203,7 @@ def parallelize(model: nn.Module, device: torch.device, sharded: bool) -> Parall
         model: the unsharded model, whose `model.layers` are the units of sharding.
         sharded: FSDP2 (`torch.distributed.fsdp.fully_shard`); else DDP.
     """
-    if ranks.world_size() == 1:
+    if not dist.is_initialized():
         return ParallelModel(model, model, lambda sync: contextlib.nullcontext())
     if sharded:
         from torch.distributed.device_mesh import init_device_mesh

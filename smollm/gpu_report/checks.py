@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import (
@@ -28,7 +28,7 @@ from model import (
     attention_sdpa,
     initialize,
 )
-from smollm import attention, benchmarking, generation, hardware
+from smollm import attention, benchmarking, distributed, generation, hardware
 from smollm.benchmarking import Clock, device_of, prepared_run
 from smollm.config import GRADIENT_CHECKPOINTING, Config, replace_training
 from smollm.errors import first_line
@@ -93,20 +93,20 @@ def _model(config: Config, device: torch.device, dtype: torch.dtype) -> CausalLM
 # --- kernels -------------------------------------------------------------------------------------
 
 
-def _attentions() -> Iterator[tuple[str, Callable, contextlib.AbstractContextManager]]:
-    """Every kernel by its name: a function, and the context that selects the kernel."""
-    yield "math, by its definition", attention_math, contextlib.nullcontext()
+def _attentions() -> Iterator[tuple[str, Callable, Callable]]:
+    """Every kernel by its name: a function, and what makes the context that selects the kernel."""
+    yield "math", attention_math, contextlib.nullcontext
     for backend in ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"):
         kernel = getattr(SDPBackend, backend)
-        yield f"SDPA {backend}", attention_sdpa, sdpa_kernel(kernel)
+        yield f"SDPA {backend}", attention_sdpa, functools.partial(sdpa_kernel, kernel)
     for name in ("flash_attn_2", "flash_attn_3"):
         with contextlib.suppress(ImportError):
-            yield name, attention_function(name), contextlib.nullcontext()
+            yield name, attention_function(name), contextlib.nullcontext
 
 
-def check_attention(config: Config, arguments: argparse.Namespace) -> Findings:
+def check_attention(config: Config, arguments: argparse.Namespace, found: Findings) -> None:
     """Each kernel, forward and backward, against the definition in fp32; and its times."""
-    found, (device, dtype) = Findings(), device_of(config)
+    device, dtype = device_of(config)
     model, length = config.model, config.data.sequence_length
     size = model.hidden_size // model.num_attention_heads
     generator = torch.Generator().manual_seed(config.training.seed)
@@ -120,34 +120,43 @@ def check_attention(config: Config, arguments: argparse.Namespace) -> Findings:
         q, k, v = (x.detach().requires_grad_() for x in tensors[:3])
         out = function(q, k, v)
         out.backward(tensors[3])
-        return [out, q.grad, k.grad, v.grad]
+        return [out.detach(), q.grad, k.grad, v.grad]
 
     heads_out = model.num_attention_heads
     few, many = inputs(2), inputs(config.training.batch_size)
     expected = run(attention_math, [x.float() for x in few])
     bound = 2e-2 if dtype == torch.bfloat16 else 1e-4
+    checked = []
     for name, function, context in _attentions():
         try:
-            with context:
+            with context():
                 errors = [
                     float((ours.float() - theirs).abs().max() / theirs.abs().max())
                     for ours, theirs in zip(run(function, few), expected, strict=True)
                 ]
-                milliseconds = _milliseconds(device, functools.partial(run, function, many))
-        except RuntimeError as error:  # of the kernel: it takes no such input, or memory is short
+        except RuntimeError as error:  # of the kernel: it takes no such input
             found.figure(name, f"not available here: {first_line(error)}")
             continue
+        checked.append(name)
         found.at_most(f"{name}: output, error / largest value", errors[0], bound)
         found.at_most(f"{name}: gradients, error / largest value", max(errors[1:]), bound)
-        found.figure(f"{name}: forward and backward, {len(many[0])} rows", milliseconds, "ms")
+        what = f"{name}: forward and backward, {len(many[0])} rows"
+        try:
+            with context():
+                milliseconds = _milliseconds(device, functools.partial(run, function, many))
+            found.figure(what, milliseconds, "ms")
+        except torch.OutOfMemoryError:
+            found.figure(what, "out of memory")
     chosen = attention.choose(config.model.attention, device, dtype)
     found.figure("a run takes", chosen.reason)
-    return found
+    if chosen.backends or chosen.name != "sdpa":
+        first = f"SDPA {chosen.backends[0].name}" if chosen.backends else chosen.name
+        found.holds(f"what a run takes was checked: {first}", first in checked)
 
 
-def check_optimizer(config: Config, arguments: argparse.Namespace) -> Findings:
+def check_optimizer(config: Config, arguments: argparse.Namespace, found: Findings) -> None:
     """Fused AdamW against plain AdamW in fp64; what a step that is not finite changes."""
-    found, (device, _) = Findings(), device_of(config)
+    device, _ = device_of(config)
     config = replace_training(config, optimizer="adamw")
     model = _model(with_layers(config, 1), device, torch.float32)
     reference = copy.deepcopy(model).double().cpu()
@@ -175,7 +184,6 @@ def check_optimizer(config: Config, arguments: argparse.Namespace) -> Findings:
         parameter.grad = torch.zeros_like(parameter)
     (optimizer,) = build_optimizers(model, config.training)
     found.figure("AdamW's update of the whole model", _milliseconds(device, optimizer.step), "ms")
-    return found
 
 
 def _check_guard(found: Findings, config: Config, arguments: argparse.Namespace) -> None:
@@ -225,9 +233,9 @@ def _norm(tensors: list[Tensor]) -> float:
     return float(torch.stack([x.double().norm() for x in tensors]).norm())
 
 
-def check_recomputation(config: Config, arguments: argparse.Namespace) -> Findings:
+def check_recomputation(config: Config, arguments: argparse.Namespace, found: Findings) -> None:
     """Each mode of gradient checkpointing, compiled as a run is, against the eager model."""
-    found, (device, dtype) = Findings(), device_of(config)
+    device, dtype = device_of(config)
     config = with_layers(config, 2)
     ids = _batch(config, 2, device)
     expected, gradients = _gradients(_model(config, device, dtype), ids)
@@ -239,18 +247,18 @@ def check_recomputation(config: Config, arguments: argparse.Namespace) -> Findin
         error = _norm([a - b for a, b in zip(ours, gradients, strict=True)]) / _norm(gradients)
         found.at_most(f"{mode}: difference of the gradients / their norm", error, bound)
     found.figure("compiled", hardware.choose(config).compile)
-    return found
 
 
-def check_dropout(config: Config, arguments: argparse.Namespace) -> Findings:
+def check_dropout(config: Config, arguments: argparse.Namespace, found: Findings) -> None:
     """Dropout, compiled, in fp32: masks come from the seed, and both passes use the same.
 
     The slope of the loss along the gradient, by finite differences, is the gradient's norm only if
     the masks that the backward pass computes again are those of the forward pass.
     """
-    found, (device, _) = Findings(), device_of(config)
+    device, _ = device_of(config)
     config = replace_training(with_layers(config, 2), deterministic=True)
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=0.1))
+    model_config = dataclasses.replace(config.model, dropout=0.1, attention="auto")
+    config = dataclasses.replace(config, model=model_config)
     ids = _batch(config, 2, device)
 
     def seeded(model: CausalLM, seed: int) -> tuple[float, list[Tensor]]:
@@ -272,12 +280,11 @@ def check_dropout(config: Config, arguments: argparse.Namespace) -> Findings:
                 sides.append(seeded(model, 1)[0])
         slope = (sides[0] - sides[1]) / (2 * step)
         found.at_most(f"{mode}: slope of the loss / gradient, from 1", abs(slope / norm - 1), 0.02)
-    return found
 
 
-def check_sampling(config: Config, arguments: argparse.Namespace) -> Findings:
+def check_sampling(config: Config, arguments: argparse.Namespace, found: Findings) -> None:
     """Tokens sampled by the device against those of the CPU, in fp32; and the device's speed."""
-    found, (device, _) = Findings(), device_of(config)
+    device, _ = device_of(config)
     model = _model(config, torch.device("cpu"), torch.float32).eval()
     limit = config.model.max_position_embeddings
     prompts = [[5, 6, 7], [8], [9, 10]]
@@ -292,36 +299,28 @@ def check_sampling(config: Config, arguments: argparse.Namespace) -> Findings:
     result = benchmarking.generate_ours(config, arguments)
     speed = result["tokens"] / statistics.median(result["seconds"])
     found.figure("3 samples of up to 100 tokens", speed, "tokens/s")
-    return found
 
 
-def check_nccl(config: Config, arguments: argparse.Namespace) -> Findings:
+def check_nccl(config: Config, arguments: argparse.Namespace, found: Findings) -> None:
     """DDP and FSDP2 over NCCL, with one process, against the model alone."""
     device = cuda_only(config, "NCCL")
-    found, dtype = Findings(), device_of(config)[1]
+    _, dtype = device_of(config)
     config = with_layers(config, 2)
     ids = _batch(config, 2, device)
     expected, gradients = _gradients(_model(config, device, dtype), ids)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=device
     )
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
     number = torch.full((), 3.0, device=device)
-    dist.all_reduce(number)
-    found.holds("all_reduce", float(number) == 3.0)
-    replicated, sharded = (_model(config, device, dtype) for _ in range(2))
-    mesh = init_device_mesh("cuda", (1,))
-    for layer in sharded.model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(sharded, mesh=mesh)
-    ddp = nn.parallel.DistributedDataParallel(replicated, device_ids=[device.index])
-    for name, model in (("DDP", ddp), ("FSDP2", sharded)):
-        loss, ours = _gradients(model, ids)
-        found.at_most(f"{name}: difference of the loss", abs(loss - expected), 1e-3)
-        full = [x.full_tensor() if hasattr(x, "full_tensor") else x for x in ours]
-        error = _norm([a - b for a, b in zip(full, gradients, strict=True)]) / _norm(gradients)
+    found.holds("all_reduce", float(distributed.all_reduce_sum(number)) == 3.0)
+    for name, sharded in (("DDP", False), ("FSDP2", True)):
+        parallel = distributed.parallelize(_model(config, device, dtype), device, sharded)
+        for last in (False, True):  # gradients add up, and are reduced after the last one
+            with parallel.gradient_sync(last):
+                loss = parallel.compute_loss(ids[:, :-1], ids[:, 1:])
+                loss.backward()
+        found.at_most(f"{name}: difference of the loss", abs(float(loss) - expected), 1e-3)
+        ours = [distributed.full_tensor(p.grad) / 2 for p in parallel.model.parameters()]
+        error = _norm([a - b for a, b in zip(ours, gradients, strict=True)]) / _norm(gradients)
         found.at_most(f"{name}: difference of the gradients / their norm", error, 1e-2)
-    dist.destroy_process_group()
-    return found
+    distributed.stop()

@@ -6,6 +6,8 @@ import argparse
 import copy
 import functools
 import json
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,9 +18,17 @@ from smollm.benchmarking import Result
 from smollm.config import Config, to_dict
 from smollm.errors import ConfigError, UserError
 from smollm.gpu_report import checks, runs
-from smollm.gpu_report.processes import CannotRunError, Findings, in_child, lead
+from smollm.gpu_report.processes import (
+    STAGE_SECONDS,
+    CannotRunError,
+    Findings,
+    in_child,
+    replace_file,
+)
+from smollm.peers import side_environment
+from smollm.training.setup import code_version
 
-Stage = Callable[[Config, argparse.Namespace], Findings]
+Stage = Callable[[Config, argparse.Namespace, Findings], None]
 STAGES: dict[str, Stage] = {
     "attention": checks.check_attention,
     "optimizer": checks.check_optimizer,
@@ -35,31 +45,44 @@ STAGES: dict[str, Stage] = {
     "resume": runs.check_resume,
     "trainer": runs.measure_trainer,
 }
-PASSED, FAILED, NOT_HERE = "passed", "failed", "not run here"
+REPORT_SECONDS, LEAST_SECONDS = 530, 10  # for all stages, and for one: then the rest is not run
+PASSED, MEASURED, FAILED, NOT_HERE = "passed", "measured", "failed", "not run here"
 
 
-def _run_stage(name: str, config: Config, arguments: argparse.Namespace) -> Result:
-    """One stage's part of the report."""
+def _run_stage(name: str, config: Config, arguments: argparse.Namespace, seconds: float) -> Result:
+    """One stage's part of the report.
+
+    Args:
+        seconds: that are left for it.
+    """
     arguments = copy.copy(arguments)
     arguments.scratch = arguments.scratch / name
     arguments.scratch.mkdir()
-    began = time.perf_counter()
-    found: Result = {"checks": [], "figures": []}
+    findings = Findings(arguments.scratch / "findings.json")
+    began, reason = time.perf_counter(), None
+    stage = functools.partial(STAGES[name], found=findings)
+    environment = side_environment(os.environ, peer=False)
     try:
-        found = in_child(functools.partial(_lead, STAGES[name]), config, arguments)
-        result = PASSED if all(check["passed"] for check in found["checks"]) else FAILED
-    except CannotRunError as reason:
-        result, found["reason"] = NOT_HERE, str(reason)
+        in_child(stage, config, arguments, environment, min(seconds, STAGE_SECONDS))
+        result = PASSED
+    except CannotRunError as error:
+        result, reason = NOT_HERE, str(error)
     except ChildProcessError as error:
-        result, found["reason"] = FAILED, str(error)
+        result, reason = FAILED, str(error)
+    found: Result = {"checks": [], "figures": []}
+    if findings.path.exists():  # what was found until then
+        found = atomic.read_json(findings.path)
+    if result == PASSED and not found["checks"]:
+        result = MEASURED
+    if not all(check["passed"] for check in found["checks"]):
+        result = FAILED
+    if reason is not None:
+        found["reason"] = reason
+    if result == FAILED:
         found["log"] = _logs(arguments.scratch)
-    return {"result": result, "seconds": time.perf_counter() - began, **found}
-
-
-def _lead(stage: Stage, config: Config, arguments: argparse.Namespace) -> Findings:
-    """A stage, whose processes end with it."""
-    lead()
-    return stage(config, arguments)
+    shutil.rmtree(arguments.scratch)  # checkpoints of gigabytes among it
+    settings = {"steps": arguments.steps, "code": code_version()}
+    return {"result": result, "seconds": time.perf_counter() - began, **settings, **found}
 
 
 def _logs(scratch: Path, lines: int = 40) -> list[str]:
@@ -87,8 +110,11 @@ def _opened(out: Path, machine: Result, command: str, config: Config) -> Result:
     if (out / "report.json").exists():
         try:
             earlier = atomic.read_json(out / "report.json")
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{out / 'report.json'}: cannot be read ({error})") from error
+            earlier["commands"], earlier["stages"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{out / 'report.json'}: is no report ({error!r}); move it away"
+            ) from error
         for key, words in (("config", "configuration"), ("machine", "machine")):
             if earlier.get(key) != json.loads(json.dumps(document[key])):
                 raise ConfigError(
@@ -98,13 +124,6 @@ def _opened(out: Path, machine: Result, command: str, config: Config) -> Result:
         document["commands"] = [*earlier["commands"], command]
         document["stages"] = earlier["stages"]
     return document
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file that is whole at every moment."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text + "\n", "utf-8")
-    temporary.replace(path)
 
 
 def write(
@@ -122,14 +141,20 @@ def write(
         raise UserError(f"the machine cannot be used: {error}", 2) from error
     out.mkdir(parents=True, exist_ok=True)
     document = _opened(out, machine, command, config)
+    end = time.monotonic() + REPORT_SECONDS
     for name in stages:
-        found = document["stages"][name] = _run_stage(name, config, arguments)
-        _replace(out / "report.json", json.dumps(document, indent=2, ensure_ascii=False))
-        _replace(out / "report.md", "\n".join(markdown(document)))
+        left = end - time.monotonic()
+        if left < LEAST_SECONDS:
+            cli.say(f"{name:<16}no time is left: --only {name} runs it")
+            continue
+        found = document["stages"][name] = _run_stage(name, config, arguments, left)
+        replace_file(out / "report.json", json.dumps(document, indent=2, ensure_ascii=False))
+        replace_file(out / "report.md", "\n".join(markdown(document)))
         reason = f": {found['reason']}" if "reason" in found else ""
         cli.say(f"{name:<16}{found['result']}{reason} ({found['seconds']:.0f} s)")
     cli.say(f"{out / 'report.md'}, {out / 'report.json'}")
-    failed = [name for name in stages if document["stages"][name]["result"] == FAILED]
+    ran = [name for name in stages if name in document["stages"]]
+    failed = [name for name in ran if document["stages"][name]["result"] == FAILED]
     if failed:
         raise UserError(f"failed: {', '.join(failed)}; {out / 'report.md'} says what was found")
 
@@ -159,10 +184,10 @@ def markdown(document: Result) -> Iterator[str]:
         f"{data['sequence_length']:,} tokens a step, {machine['precision']}."
     )
     yield from ("", "```bash", *document["commands"], "```", "")
-    yield from ("| stage | result | s |", "|---|---|---|")
+    yield from ("| stage | result | s | code |", "|---|---|---|---|")
     for name, found in document["stages"].items():
         reason = f": {_cell(found['reason'])}" if "reason" in found else ""
-        yield f"| {name} | {found['result']}{reason} | {found['seconds']:.0f} |"
+        yield f"| {name} | {found['result']}{reason} | {found['seconds']:.0f} | {found['code']} |"
     for name, found in document["stages"].items():
         if found["checks"] or found["figures"]:
             yield from ("", f"## {name}", "", "| what | found | must be |", "|---|---|---|")

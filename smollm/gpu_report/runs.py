@@ -6,13 +6,13 @@ Each is a function of the configuration, whose shapes it takes, and the command 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import dataclasses
 import functools
 import importlib.util
 import json
 import math
+import os
 import statistics
 import time
 from pathlib import Path
@@ -25,13 +25,14 @@ from model import (
     flops_per_token,
 )
 from smollm import atomic, benchmarking, hardware
-from smollm.benchmarking import Result, prepared_run, wait_for
+from smollm.benchmarking import prepared_run, wait_for
 from smollm.checkpoint import state, store
 from smollm.config import GRADIENT_CHECKPOINTING, Config, replace_training, to_dict
 from smollm.errors import UserError
 from smollm.gpu_report.checks import clean, cuda_only, with_layers
 from smollm.gpu_report.processes import CannotRunError, Findings, in_child
-from smollm.training.memory import GIB, peak_bytes, usable_bytes
+from smollm.peers import side_environment
+from smollm.training.memory import GIB, Setting, expected_bytes, usable_bytes
 from smollm.training.run import Run
 
 
@@ -42,9 +43,9 @@ def _with_length(config: Config, length: int) -> Config:
     )
 
 
-def check_memory(config: Config, arguments: argparse.Namespace) -> Findings:
+def check_memory(config: Config, arguments: argparse.Namespace, found: Findings) -> None:
     """The peak of a step of two micro-batches against `memory.peak_bytes`, in each mode."""
-    device, found = cuda_only(config, "measuring its memory"), Findings()
+    device = cuda_only(config, "measuring its memory")
     training = config.training
     for mode in GRADIENT_CHECKPOINTING:
         clean()
@@ -52,10 +53,7 @@ def check_memory(config: Config, arguments: argparse.Namespace) -> Findings:
             config, gradient_checkpointing=mode, fit_memory=False, gradient_accumulation_steps=2
         )
         machine = hardware.choose(each)
-        expected = peak_bytes(
-            each.model, training.batch_size * each.data.sequence_length, mode,
-            machine.compile != "false", machine.dtype.itemsize, optimizer=training.optimizer,
-        )  # fmt: skip
+        expected = expected_bytes(each, machine, Setting(training.batch_size, mode))
         if expected > usable_bytes(hardware.free_memory(device) or 0):
             found.figure(mode, f"{expected / GIB:.1f} GiB estimated: more than this GPU has free")
             continue
@@ -64,39 +62,38 @@ def check_memory(config: Config, arguments: argparse.Namespace) -> Findings:
             run.train_step.read()
             peak = torch.cuda.max_memory_allocated(device)
         del run
-        found.at_most(f"{mode}: estimate / peak, from 1", abs(expected / peak - 1), 0.05)
+        # docs/gpu.md: where the estimate of other shapes is less exact.
+        exact = mode == "none" or machine.compile == "false" or each.model == Config().model
+        bound = 0.05 if exact else 0.25
+        found.at_most(f"{mode}: estimate / peak, from 1", abs(expected / peak - 1), bound)
         found.figure(f"{mode}: peak", peak / GIB, "GiB")
         found.figure(f"{mode}: estimated", expected / GIB, "GiB")
-    return found
+    if not found.checks:
+        raise CannotRunError("this GPU has too little memory free")
 
 
-def check_out_of_memory(config: Config, arguments: argparse.Namespace) -> Findings:
+def check_out_of_memory(config: Config, arguments: argparse.Namespace, found: Findings) -> None:
     """A GPU of which the process may use too little: training goes on with less memory."""
-    device, found = cuda_only(config, "running out of its memory"), Findings()
+    device = cuda_only(config, "running out of its memory")
     config = replace_training(with_layers(config, 2), fit_memory=True)
-    training, machine = config.training, hardware.choose(config)
-    tokens = training.batch_size * config.data.sequence_length
-    expected = peak_bytes(
-        config.model, tokens, training.gradient_checkpointing, machine.compile != "false",
-        machine.dtype.itemsize, optimizer=training.optimizer,
-    )  # fmt: skip
+    training = config.training
+    start = Setting(training.batch_size, training.gradient_checkpointing)
+    expected = expected_bytes(config, hardware.choose(config), start)
     limit = min(1.0, 0.6 * expected / hardware.total_memory(device))
     torch.cuda.set_per_process_memory_fraction(limit, device)
     with prepared_run(config, 2, arguments.scratch / "small", saves=False) as run:
         run.train_step(1, *run.batch(1))
         result = run.train_step.read()
         size, mode = run.train_step.micro_batch, run.model.model.gradient_checkpointing
-    smaller = (size, mode) != (training.batch_size, training.gradient_checkpointing)
-    found.holds("the memory ran out, and other settings were found", smaller)
+    found.holds("the memory ran out, and others were found", Setting(size, mode) != start)
     found.holds("a step with them is finite", result.nonfinite is None)
     found.figure("memory that may be used", 0.6 * expected / GIB, "GiB")
-    found.figure("settings found", f"micro-batches of {size}, {mode} gradient checkpointing")
-    return found
+    found.figure("settings found", str(Setting(size, mode)))
 
 
-def measure_speed(config: Config, arguments: argparse.Namespace) -> Findings:
+def measure_speed(config: Config, arguments: argparse.Namespace, found: Findings) -> None:
     """Timed steps of the training loop with windows of half the length, and of the whole."""
-    found, facts = Findings(), benchmarking.environment(config, arguments)
+    facts = benchmarking.environment(config, arguments)
     whole = config.data.sequence_length
     for length in (max(1, whole // 2), whole):
         clean()
@@ -115,36 +112,35 @@ def measure_speed(config: Config, arguments: argparse.Namespace) -> Findings:
             found.figure(f"{name}: MFU, attention counted {way}", mfu, "%")
         found.figure(f"{name}: peak memory", result["peak_memory_gib"], "GiB")
         products = 100 * result["matrix_products_seconds"] / median
-        found.figure(f"{name}: of it, the matrix products alone", products, "%")
+        found.figure(f"{name}: share of a step that is matrix products", products, "%")
         settings = f"{result['micro_batch']}, {result['gradient_checkpointing']}"
         found.figure(f"{name}: micro-batch, gradient checkpointing", settings)
         found.holds(f"{name}: the loss is finite", math.isfinite(result["last_loss"]))
-    return found
 
 
-def _first_step(config: Config, arguments: argparse.Namespace) -> Result:
+def _first_step(config: Config, arguments: argparse.Namespace) -> float:
     """Seconds from a model to the end of its first step."""
     began = time.perf_counter()
     with prepared_run(config, 1, arguments.scratch / "first", saves=False) as run:
         run.train_step(1, *run.batch(1))
-        return {"seconds": wait_for(run.hardware.device) - began}
+        return wait_for(run.hardware.device) - began
 
 
-def measure_compile_cache(config: Config, arguments: argparse.Namespace) -> Findings:
+def measure_compile_cache(config: Config, arguments: argparse.Namespace, found: Findings) -> None:
     """The first step of two fresh processes: with an empty compiler cache, then with a full one."""
     if in_child(benchmarking.environment, config, arguments)["compile"] == "false":
         raise CannotRunError("nothing is compiled")
-    found = Findings()
-    cache = {"TORCHINDUCTOR_CACHE_DIR": str(arguments.scratch / "inductor")}
+    cache = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(arguments.scratch / "inductor")}
+    seconds = {}
     for name in ("an empty", "a full"):
-        answer = in_child(_first_step, config, arguments, **cache)
-        found.figure(f"first step with {name} compiler cache", answer["seconds"], "s")
-    return found
+        seconds[name] = in_child(_first_step, config, arguments, cache)
+        found.figure(f"first step with {name} compiler cache", seconds[name], "s")
+    found.holds("a full cache is faster", seconds["a full"] < seconds["an empty"])
 
 
-def check_saving(config: Config, arguments: argparse.Namespace) -> Findings:
+def check_saving(config: Config, arguments: argparse.Namespace, found: Findings) -> None:
     """A checkpoint of the whole model, read again, against what is on the device."""
-    found, root = Findings(), arguments.scratch / "checkpoints"
+    root = arguments.scratch / "checkpoints"
     with prepared_run(config, 1, root) as run:
         run.train_step(1, *run.batch(1))
         run.count_step(1)
@@ -174,7 +170,6 @@ def check_saving(config: Config, arguments: argparse.Namespace) -> Findings:
     found.figure("size", size / 1e6, "MB")
     found.figure("training waits", stalled, "s")
     found.figure("until it is on the disk", written, "s")
-    return found
 
 
 def _live(run: Run) -> dict[str, Tensor]:
@@ -184,9 +179,8 @@ def _live(run: Run) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().clone() for name, tensor in tensors}
 
 
-def measure_stall(config: Config, arguments: argparse.Namespace) -> Findings:
+def measure_stall(config: Config, arguments: argparse.Namespace, found: Findings) -> None:
     """A checkpoint while training goes on, and a fresh process that goes on from it."""
-    found = Findings()
     saved = in_child(benchmarking.checkpoint_ours, config, arguments)
     resumed = in_child(benchmarking.resume_ours, config, arguments)
     found.figure("size", saved["bytes"] / 1e6, "MB")
@@ -196,29 +190,31 @@ def measure_stall(config: Config, arguments: argparse.Namespace) -> Findings:
     found.figure("resume: find and verify", resumed["verify_seconds"], "s")
     found.figure("resume: read and load", resumed["load_seconds"], "s")
     found.figure("resume: then the first step", resumed["first_step_seconds"], "s")
-    return found
 
 
-def _train(config: Config, arguments: argparse.Namespace) -> Result:
-    """train.py's main; the process ends with its exit code."""
+def _train(config: Config, arguments: argparse.Namespace) -> None:
+    """train.py's main, from a configuration file.
+
+    Raises:
+        UserError: of the run, or where its exit code is not 0.
+    """
     directory = arguments.scratch
     atomic.write_json(directory / "config.yaml", to_dict(config))  # JSON is YAML
     words = ["--config", str(directory / "config.yaml"), "--resume", "auto"]
     words += ["--save_dir", str(directory / "run"), "--log_dir", str(directory / "logs")]
     if code := train.main(words):
         raise UserError(f"train.py ended with exit code {code}")
-    return {}
 
 
-def check_resume(config: Config, arguments: argparse.Namespace) -> Findings:
+def check_resume(config: Config, arguments: argparse.Namespace, found: Findings) -> None:
     """train.py killed in mid-run and started again, against one that was not: the same bytes."""
-    found, last = Findings(), 8
+    last = 6
     source = "train" if config.tokenizer.source == "gpt2" else config.tokenizer.source
     config = replace_training(
         dataclasses.replace(
             config, tokenizer=dataclasses.replace(config.tokenizer, source=source),
+            model=dataclasses.replace(config.model, attention="auto"),
             wandb=dataclasses.replace(config.wandb, mode="disabled"),
-            checkpoint=dataclasses.replace(config.checkpoint, keep_last=last),
         ),
         deterministic=True, train_steps=last, save_steps=2, logging_steps=1, profile=(),
         batch_size=min(config.training.batch_size, 4), gradient_accumulation_steps=2,
@@ -228,10 +224,14 @@ def check_resume(config: Config, arguments: argparse.Namespace) -> Findings:
     for each in (killed, whole):
         each.scratch.mkdir()
     in_child(_train, config, whole)
-    with contextlib.suppress(ChildProcessError):
-        in_child(_train, config, killed, FAULT="step.forward:kill:10")
+    try:
+        in_child(_train, config, killed, {**os.environ, "FAULT": "step.forward:kill:10"})
+        how = "not killed"
+    except ChildProcessError as error:
+        how = str(error)
     left = store.steps(killed.scratch / "run")
-    found.holds("killed in step 5, and a checkpoint is left", left in ([2], [2, 4]))
+    found.figure("the first one, and its checkpoints in step 5", f"{how}; {left}")
+    found.holds("killed after a checkpoint", "signal 9" in how and left in ([2], [2, 4]))
     began = time.perf_counter()
     in_child(_train, config, killed)
     found.figure("the same command again, in all", time.perf_counter() - began, "s")
@@ -241,7 +241,6 @@ def check_resume(config: Config, arguments: argparse.Namespace) -> Findings:
         found.holds(f"{name} of step {last}: the same bytes", same)
     losses = [_losses(each.scratch / "logs/metrics.jsonl") for each in (killed, whole)]
     found.holds("the same losses", losses[0] == losses[1] and len(losses[0]) == last)
-    return found
 
 
 def _losses(metrics: Path) -> dict[int, float]:
@@ -250,12 +249,11 @@ def _losses(metrics: Path) -> dict[int, float]:
     return {event["step"]: event["loss"] for event in events if event["event"] == "train"}
 
 
-def measure_trainer(config: Config, arguments: argparse.Namespace) -> Findings:
+def measure_trainer(config: Config, arguments: argparse.Namespace, found: Findings) -> None:
     """Ours and Hugging Face Trainer in turn, with windows of half the length, twice."""
     missing = [n for n in ("transformers", "accelerate") if importlib.util.find_spec(n) is None]
     if missing:
         raise CannotRunError(f"{' and '.join(missing)} cannot be imported")
-    found = Findings()
     config = replace_training(
         _with_length(config, max(1, config.data.sequence_length // 2)), optimizer="adamw"
     )
@@ -265,11 +263,11 @@ def measure_trainer(config: Config, arguments: argparse.Namespace) -> Findings:
     sides: dict[str, list[float]] = {"ours": [], "Trainer": []}
     for _ in range(2):
         for name, function in (("ours", benchmarking.train_ours), ("Trainer", theirs)):
-            result = in_child(function, config, arguments)
+            environment = side_environment(os.environ, peer=name != "ours")
+            result = in_child(function, config, arguments, environment)
             sides[name].append(config.tokens_per_step / statistics.median(result["seconds"]))
     for name, speeds in sides.items():
         rounds = " and ".join(f"{speed:,.0f}" for speed in speeds)
         found.figure(f"{name}, T={config.data.sequence_length:,}", rounds, "tokens/s")
     ratios = [a / b for a, b in zip(sides["ours"], sides["Trainer"], strict=True)]
     found.figure("ours / Trainer", " and ".join(f"{ratio:.2f}" for ratio in ratios))
-    return found

@@ -6,7 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
+import torch
 from torch.profiler import ProfilerActivity, profile
+
+from smollm.errors import first_line
 
 
 class StepProfiler:
@@ -37,36 +40,45 @@ class StepProfiler:
         self, kind: type[BaseException] | None, error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:  # fmt: skip
-        """Write what is being recorded."""
+        """Write what is being recorded; say where the steps to trace were none of this run's."""
         self._end()
+        if self.steps and self.first == 0 and kind is None:
+            first, last = self.steps
+            self.log(f"training.profile: none of the steps {first} to {last} was taken here")
 
     def before(self, step: int) -> None:
         """Note that a step begins; the trace is written before the step after the last one."""
         if not self.steps:
             return
         if step > self.steps[1]:
-            if self.profiler is None:
-                first, last = self.steps
-                self.log(f"training.profile: steps {first} to {last} were taken before this run")
             self._end()
-            self.steps = ()
         elif step >= self.steps[0]:
-            if self.profiler is None:
-                self.first, self.profiler = step, profile(activities=self.activities)
-                self.profiler.start()
+            if self.first == 0:
+                self._start(step)
             self.newest = step
 
+    def _start(self, step: int) -> None:
+        self.first = step
+        if ProfilerActivity.CUDA in self.activities:
+            torch.cuda.synchronize()  # the kernels of earlier steps are not its
+        profiler = profile(activities=self.activities)
+        try:
+            profiler.start()
+            self.profiler = profiler
+        except RuntimeError as error:  # of CUPTI, for one: another profiler holds it
+            self.log(f"training.profile: nothing is traced: {first_line(error)}")
+
     def _end(self) -> None:
-        """Stop, and write the trace; an error of the disk must not stop the run: it is logged."""
+        """Stop, and write the trace; an error in that must not stop the run: it is logged."""
         if self.profiler is None:
             return
         profiler, self.profiler = self.profiler, None
-        profiler.stop()
         path = self.directory / f"step_{self.first:06d}-{self.newest:06d}.json.gz"
         try:
+            profiler.stop()
             self.directory.mkdir(parents=True, exist_ok=True)
             profiler.export_chrome_trace(str(path))
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
             self.log(f"the trace of steps {self.first} to {self.newest} is lost: {error}")
         else:
             self.log(

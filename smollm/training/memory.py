@@ -12,8 +12,9 @@ from torch import Tensor
 
 from model import CausalLM, ModelConfig, count_parameters, head_rows, initialize
 from smollm import distributed, fault_injection, hardware, ranks
-from smollm.config import GRADIENT_CHECKPOINTING
+from smollm.config import GRADIENT_CHECKPOINTING, Config
 from smollm.errors import ResourceError
+from smollm.hardware import Hardware
 from smollm.training import muon
 from smollm.training.optimizer import hidden_shapes, micro_batches, optimizer_bytes
 
@@ -146,13 +147,12 @@ def rungs(start: Setting, sequences: int, sequence_length: int) -> list[Setting]
     ]
 
 
-def expected_bytes(run: Run, setting: Setting) -> int:
-    """The estimated peak of a run's step on this GPU; see `peak_bytes`."""
-    machine = run.hardware
+def expected_bytes(config: Config, machine: Hardware, setting: Setting, shards: int = 1) -> int:
+    """The estimated peak of a step on a machine; see `peak_bytes`."""
     return peak_bytes(
-        run.config.model, setting.micro_batch * run.config.data.sequence_length,
+        config.model, setting.micro_batch * config.data.sequence_length,
         setting.gradient_checkpointing, machine.compile != "false", machine.dtype.itemsize,
-        _shards(run), run.config.training.optimizer,
+        shards, config.training.optimizer,
     )  # fmt: skip
 
 
@@ -163,7 +163,7 @@ def _shards(run: Run) -> int:
 
 def expected_memory(run: Run) -> str:
     """The estimated peak beside the card's size, in words."""
-    expected = expected_bytes(run, _setting(run))
+    expected = expected_bytes(run.config, run.hardware, _setting(run), _shards(run))
     total = hardware.total_memory(run.hardware.device)
     return f"about {expected / GIB:.1f} GiB at the peak, of {total / GIB:.1f} GiB"
 
@@ -218,18 +218,19 @@ def _set(run: Run, model: CausalLM, setting: Setting) -> None:
 def _first_expected_to_fit(run: Run, ladder: list[Setting]) -> int:
     """The number of the first setting that every process's GPU has the memory for; said."""
     first = 0
+    expected = [expected_bytes(run.config, run.hardware, each, _shards(run)) for each in ladder]
     free = hardware.free_memory(run.hardware.device)
     if free is not None:
         resident = resident_bytes(run.config.model, run.config.training.optimizer)
         free = usable_bytes(free + resident // _shards(run))
-        fitting = (n for n, each in enumerate(ladder) if expected_bytes(run, each) <= free)
+        fitting = (number for number, size in enumerate(expected) if size <= free)
         first = next(fitting, len(ladder) - 1)
     number = distributed.maximum(first)
     if number > 0:
         run.tracker.log(
-            f"{ladder[0]} would take about {expected_bytes(run, ladder[0]) / GIB:.1f} GiB and "
+            f"{ladder[0]} would take about {expected[0] / GIB:.1f} GiB and "
             f"{(free or 0) / GIB:.1f} GiB can be used: starting with {ladder[number]}, about "
-            f"{expected_bytes(run, ladder[number]) / GIB:.1f} GiB"
+            f"{expected[number] / GIB:.1f} GiB"
         )
     return number
 

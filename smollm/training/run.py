@@ -233,6 +233,10 @@ class Run:
 
     def _watch_speed(self, seconds: float) -> None:
         """Say once when steps suddenly take three times as long as the fastest before."""
+        training = self.config.training
+        traced = training.profile
+        if traced and traced[0] <= self.progress.step < traced[1] + training.logging_steps:
+            return  # tracing takes its time
         fastest, self.fastest = self.fastest, min(seconds, self.fastest)
         if seconds > SLOW_FACTOR * fastest and not self.slow_said:
             self.slow_said = True

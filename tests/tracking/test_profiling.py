@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import digest, finished_run, losses, train, write_tiny
+from helpers import ROOT, digest, finished_run, losses, train, write_tiny
 
+from smollm.config_reader import load
+from smollm.errors import ConfigError
 from smollm.tracking.profiling import StepProfiler
 
 
@@ -31,7 +33,7 @@ def test_a_traced_run_is_the_same_run(
     assert {"aten::mm", "aten::_fused_adamw_"} <= names
     resumed = train(tmp_path, *resume, "training.profile=[2,3]")
     assert resumed.returncode == 0, resumed.stdout
-    assert "training.profile: steps 2 to 3 were taken before this run" in resumed.stdout
+    assert "training.profile: none of the steps 2 to 3 was taken here" in resumed.stdout
     reference = finished_run(tmp_path_factory)
     assert losses(tmp_path) == losses(reference) and digest(tmp_path) == digest(reference)
 
@@ -47,3 +49,11 @@ def test_a_trace_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
                 profiler.before(step)
                 torch.ones(2).sum()
     assert len(lines) == 1 and lines[0].startswith("the trace of steps 2 to 2 is lost: ")
+
+
+@pytest.mark.parametrize("steps", ["[5]", "[5,3]", "[5,6,7]", "[1,101]"])
+def test_what_is_no_range_of_steps_is_refused(steps: str) -> None:
+    """The first and the last of at most 100 steps."""
+    load(ROOT / "config.yaml", ["training.profile=[2,101]"])
+    with pytest.raises(ConfigError, match=r"training\.profile: got .+ at most 100 steps"):
+        load(ROOT / "config.yaml", [f"training.profile={steps}"])
