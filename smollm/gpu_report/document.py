@@ -80,9 +80,12 @@ def _run_stage(name: str, config: Config, arguments: argparse.Namespace, seconds
         found["reason"] = reason
     if result == FAILED:
         found["log"] = _logs(arguments.scratch)
-    shutil.rmtree(arguments.scratch)  # checkpoints of gigabytes among it
-    settings = {"steps": arguments.steps, "code": code_version()}
-    return {"result": result, "seconds": time.perf_counter() - began, **settings, **found}
+    shutil.rmtree(arguments.scratch, ignore_errors=True)  # checkpoints of gigabytes among it
+    return {
+        "result": result, "seconds": time.perf_counter() - began,
+        "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "steps": arguments.steps,
+        "code": code_version(), **found,
+    }  # fmt: skip
 
 
 def _logs(scratch: Path, lines: int = 40) -> list[str]:
@@ -141,7 +144,7 @@ def write(
         raise UserError(f"the machine cannot be used: {error}", 2) from error
     out.mkdir(parents=True, exist_ok=True)
     document = _opened(out, machine, command, config)
-    end = time.monotonic() + REPORT_SECONDS
+    end, failed = time.monotonic() + REPORT_SECONDS, []
     for name in stages:
         left = end - time.monotonic()
         if left < LEAST_SECONDS:
@@ -152,9 +155,9 @@ def write(
         replace_file(out / "report.md", "\n".join(markdown(document)))
         reason = f": {found['reason']}" if "reason" in found else ""
         cli.say(f"{name:<16}{found['result']}{reason} ({found['seconds']:.0f} s)")
+        if found["result"] == FAILED:
+            failed.append(name)
     cli.say(f"{out / 'report.md'}, {out / 'report.json'}")
-    ran = [name for name in stages if name in document["stages"]]
-    failed = [name for name in ran if document["stages"][name]["result"] == FAILED]
     if failed:
         raise UserError(f"failed: {', '.join(failed)}; {out / 'report.md'} says what was found")
 
