@@ -2,7 +2,8 @@
 
 Importing torch takes most of a tiny run's time. Python's forkserver does it once, with whatever
 else `preloaded.py` names; each command is then a fork, with arguments, environment, directory and
-output of its own, and it ends by its exit code or by a signal as any process does.
+output of its own, and it ends by its exit code or by a signal as any process does. It draws plots
+with PLOTS=1 in its environment only.
 """
 
 from __future__ import annotations
@@ -53,6 +54,9 @@ def _child(
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(directory)
+    if "PLOTS" not in environment:  # they take half of a tiny run's time; as without matplotlib
+        sys.modules["smollm.tracking.plots"] = None
+        del sys.modules["smollm.tracking"].plots
     sys.argv, sys.orig_argv = words, [sys.executable, *words]
     for entry in filter(None, reversed(environment.get("PYTHONPATH", "").split(os.pathsep))):
         sys.path.insert(0, entry)

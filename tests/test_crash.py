@@ -75,7 +75,7 @@ def _kill_until(directory: Path, kills: int, seed: int, fork: bool) -> int:
     """Start the run again and again, killing it at random times; returns the kills that hit."""
     words = (*RESUME, *FORTY[seed % 2], "training.save_steps=1")
     began = time.monotonic()
-    assert train(directory, *words, run="timed", fork=fork).returncode == 0
+    assert train(directory, *words, run="timed", fork=fork, PLOTS="1").returncode == 0
     seconds = time.monotonic() - began
     generator = random.Random(seed)
     hits = 0
@@ -84,7 +84,7 @@ def _kill_until(directory: Path, kills: int, seed: int, fork: bool) -> int:
         early = fork or generator.random() < 0.5
         delay = generator.uniform(0.0 if early else 0.6 * seconds, seconds)
         try:
-            result = train(directory, *words, timeout=delay, fork=fork)
+            result = train(directory, *words, timeout=delay, fork=fork, PLOTS="1")
         except subprocess.TimeoutExpired as killed:
             hits += 1
             assert "Traceback" not in str(killed.output)

@@ -104,9 +104,9 @@ def test_runs_of_one_step_equal_one_run(tmp_path: Path, steps: int) -> None:
     ids=" ".join,
 )
 def test_watching_changes_nothing(reference: Path, tmp_path: Path, settings: list[str]) -> None:
-    """E2: evaluation, samples, logging, saving and W&B at any frequency: the same bits."""
+    """E2: evaluation, samples, plots, logging, saving and W&B at any frequency: the same bits."""
     write_tiny(tmp_path)
-    result = train(tmp_path, *settings)
+    result = train(tmp_path, *settings, PLOTS="1")
     assert result.returncode == 0, result.stdout
     assert digest(tmp_path) == digest(reference)
     ours, theirs = losses(tmp_path), losses(reference)

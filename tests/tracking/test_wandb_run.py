@@ -88,7 +88,7 @@ def test_offline_files_hold_everything(tmp_path: Path) -> None:
     write_tiny(tmp_path)
     (tmp_path / "temporary").mkdir()
     home = {"HOME": str(tmp_path / "home"), "XDG_CACHE_HOME": str(tmp_path / "home/cache")}
-    home["TMPDIR"] = str(tmp_path / "temporary")
+    home |= {"TMPDIR": str(tmp_path / "temporary"), "PLOTS": "1"}
     words = ("wandb.mode=auto", *SETTINGS)
     first = train(tmp_path, *words, **home)
     assert first.returncode == 0, first.stdout
