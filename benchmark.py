@@ -267,7 +267,7 @@ def _parser() -> cli.ArgumentParser:
     )
     parser.add_argument(
         "--only", type=_split, default=(), metavar="NAME,...",
-        help=f"measurements ({', '.join(MEASUREMENTS)}), or stages of the report",
+        help=f"measurements ({', '.join(MEASUREMENTS)}), or stages of the report: see docs/gpu.md",
     )  # fmt: skip
     parser.add_argument(
         "--gpu_report",
