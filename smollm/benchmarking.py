@@ -30,7 +30,7 @@ from tokenizers import Tokenizer
 from model import CausalLM, count_parameters, flops_per_token, head_rows, initialize
 from smollm import atomic, generation, hardware
 from smollm.checkpoint import huggingface, resume, store
-from smollm.config import Config
+from smollm.config import Config, replace_section
 from smollm.data import token_cache, tokenizer
 from smollm.data.corpus import Corpus, Part
 from smollm.data.documents import SEPARATOR
@@ -235,7 +235,7 @@ def _body(config: Config) -> bytes:
 
 def make_text(config: Config, arguments: argparse.Namespace) -> Result:
     """Write the text to tokenize and the tokenizer to use."""
-    short = dataclasses.replace(config, data=dataclasses.replace(config.data, sequence_length=1))
+    short = replace_section(config, "data", sequence_length=1)
     corpus = token_cache.prepare(short, log=lambda line: None)
     (arguments.scratch / "tokenizer.json").write_text(corpus.tokenizer.to_str(), encoding="utf-8")
     body = _body(config)
@@ -256,11 +256,9 @@ def tokenize_ours(config: Config, arguments: argparse.Namespace) -> Result:
     given = tokenizer.read_files(arguments.scratch)
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as cache:
         text = str(arguments.scratch / "text.txt")
-        data = dataclasses.replace(config.data, cache_dir=cache, input_files=(text,))
+        tokenized = replace_section(config, "data", cache_dir=cache, input_files=(text,))
         began = time.perf_counter()
-        corpus = token_cache.prepare(
-            dataclasses.replace(config, data=data), given, lambda line: None
-        )
+        corpus = token_cache.prepare(tokenized, given, lambda line: None)
         return _tokenized(time.perf_counter() - began, corpus.tokens, arguments)
 
 

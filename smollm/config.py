@@ -200,9 +200,15 @@ def differences(old: Config, new: Config) -> list[str]:
     ]
 
 
+def replace_section(config: Config, section: str, **changes: Any) -> Config:
+    """A copy of the configuration with some keys of a section changed."""
+    changed = dataclasses.replace(getattr(config, section), **changes)
+    return dataclasses.replace(config, **{section: changed})
+
+
 def replace_training(config: Config, **changes: Any) -> Config:
     """A copy of the configuration with some keys of its training section changed."""
-    return dataclasses.replace(config, training=dataclasses.replace(config.training, **changes))
+    return replace_section(config, "training", **changes)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from model import (
 )
 from smollm import attention, benchmarking, distributed, generation, hardware
 from smollm.benchmarking import Clock, device_of, prepared_run
-from smollm.config import GRADIENT_CHECKPOINTING, Config, replace_training
+from smollm.config import GRADIENT_CHECKPOINTING, Config, replace_section, replace_training
 from smollm.errors import first_line
 from smollm.gpu_report.processes import CannotRunError, Findings
 from smollm.training.optimizer import build_optimizers
@@ -51,9 +51,7 @@ def cuda_only(config: Config, what: str) -> torch.device:
 def with_layers(config: Config, count: int) -> Config:
     """The configuration with at most so many layers: all are alike, and compiling takes longer."""
     layers = min(count, config.model.num_hidden_layers)
-    return dataclasses.replace(
-        config, model=dataclasses.replace(config.model, num_hidden_layers=layers)
-    )
+    return replace_section(config, "model", num_hidden_layers=layers)
 
 
 def clean() -> None:
@@ -257,8 +255,7 @@ def check_dropout(config: Config, arguments: argparse.Namespace, found: Findings
     """
     device, _ = device_of(config)
     config = replace_training(with_layers(config, 2), deterministic=True)
-    model_config = dataclasses.replace(config.model, dropout=0.1, attention="auto")
-    config = dataclasses.replace(config, model=model_config)
+    config = replace_section(config, "model", dropout=0.1, attention="auto")
     ids = _batch(config, 2, device)
 
     def seeded(model: CausalLM, seed: int) -> tuple[float, list[Tensor]]:

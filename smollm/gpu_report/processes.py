@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from smollm import atomic
 from smollm.benchmarking import Result
 from smollm.config import Config
 from smollm.errors import UserError, first_line
@@ -60,10 +61,9 @@ class Findings:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write a file that is whole at every moment."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text + "\n", "utf-8")
-    temporary.replace(path)
+    """Write a text file that is whole at every moment."""
+    with atomic.replacing(path) as temporary:
+        temporary.write_text(text + "\n", "utf-8")
 
 
 def _child(

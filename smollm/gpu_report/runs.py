@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import dataclasses
 import functools
 import importlib.util
 import json
@@ -21,26 +20,16 @@ import torch
 from torch import Tensor
 
 import train
-from model import (
-    flops_per_token,
-)
 from smollm import atomic, benchmarking, hardware
 from smollm.benchmarking import prepared_run, wait_for
 from smollm.checkpoint import state, store
-from smollm.config import GRADIENT_CHECKPOINTING, Config, replace_training, to_dict
+from smollm.config import GRADIENT_CHECKPOINTING, Config, replace_section, replace_training, to_dict
 from smollm.errors import UserError
 from smollm.gpu_report.checks import clean, cuda_only, with_layers
 from smollm.gpu_report.processes import CannotRunError, Findings, in_child
 from smollm.peers import side_environment
 from smollm.training.memory import GIB, Setting, expected_bytes, usable_bytes
 from smollm.training.run import Run
-
-
-def _with_length(config: Config, length: int) -> Config:
-    """The configuration with windows of another length."""
-    return dataclasses.replace(
-        config, data=dataclasses.replace(config.data, sequence_length=length)
-    )
 
 
 def check_memory(config: Config, arguments: argparse.Namespace, found: Findings) -> None:
@@ -93,11 +82,11 @@ def check_out_of_memory(config: Config, arguments: argparse.Namespace, found: Fi
 
 def measure_speed(config: Config, arguments: argparse.Namespace, found: Findings) -> None:
     """Timed steps of the training loop with windows of half the length, and of the whole."""
-    facts = benchmarking.environment(config, arguments)
     whole = config.data.sequence_length
     for length in (max(1, whole // 2), whole):
         clean()
-        each = _with_length(config, length)
+        each = replace_section(config, "data", sequence_length=length)
+        facts = benchmarking.environment(each, arguments)
         result = benchmarking.train_ours(each, arguments)
         seconds = sorted(result["seconds"])
         median, name = statistics.median(seconds), f"T={length:,}"
@@ -106,8 +95,8 @@ def measure_speed(config: Config, arguments: argparse.Namespace, found: Findings
         spread = f"{1e3 * seconds[0]:,.1f} to {1e3 * seconds[-1]:,.1f}"
         found.figure(f"{name}: from the shortest to the longest", spread, "ms")
         found.figure(f"{name}: speed", speed, "tokens/s")
-        for way, causal in (("half", True), ("full", False)):
-            share = speed * flops_per_token(each.model, length, causal)
+        for way in ("half", "full"):
+            share = speed * facts[f"flops_per_token_{way}"]
             mfu = 100 * share / facts["peak_flops"] if facts["peak_flops"] else None
             found.figure(f"{name}: MFU, attention counted {way}", mfu, "%")
         found.figure(f"{name}: peak memory", result["peak_memory_gib"], "GiB")
@@ -210,13 +199,11 @@ def check_resume(config: Config, arguments: argparse.Namespace, found: Findings)
     """train.py killed in mid-run and started again, against one that was not: the same bytes."""
     last = 6
     source = "train" if config.tokenizer.source == "gpt2" else config.tokenizer.source
+    config = replace_section(config, "tokenizer", source=source)
+    config = replace_section(config, "model", attention="auto")  # what deterministic can have
+    config = replace_section(config, "wandb", mode="disabled")
     config = replace_training(
-        dataclasses.replace(
-            config, tokenizer=dataclasses.replace(config.tokenizer, source=source),
-            model=dataclasses.replace(config.model, attention="auto"),
-            wandb=dataclasses.replace(config.wandb, mode="disabled"),
-        ),
-        deterministic=True, train_steps=last, save_steps=2, logging_steps=1, profile=(),
+        config, deterministic=True, train_steps=last, save_steps=2, logging_steps=1, profile=(),
         batch_size=min(config.training.batch_size, 4), gradient_accumulation_steps=2,
     )  # fmt: skip
     killed, whole = (copy.copy(arguments) for _ in range(2))
@@ -254,9 +241,9 @@ def measure_trainer(config: Config, arguments: argparse.Namespace, found: Findin
     missing = [n for n in ("transformers", "accelerate") if importlib.util.find_spec(n) is None]
     if missing:
         raise CannotRunError(f"{' and '.join(missing)} cannot be imported")
-    config = replace_training(
-        _with_length(config, max(1, config.data.sequence_length // 2)), optimizer="adamw"
-    )
+    length = max(1, config.data.sequence_length // 2)
+    config = replace_section(config, "data", sequence_length=length)
+    config = replace_training(config, optimizer="adamw")  # the peer's
     arguments = copy.copy(arguments)
     arguments.steps = max(2, arguments.steps // 4)
     theirs = functools.partial(benchmarking.train_transformers, compiled=False)
@@ -268,6 +255,6 @@ def measure_trainer(config: Config, arguments: argparse.Namespace, found: Findin
             sides[name].append(config.tokens_per_step / statistics.median(result["seconds"]))
     for name, speeds in sides.items():
         rounds = " and ".join(f"{speed:,.0f}" for speed in speeds)
-        found.figure(f"{name}, T={config.data.sequence_length:,}", rounds, "tokens/s")
+        found.figure(f"{name}, T={length:,}", rounds, "tokens/s")
     ratios = [a / b for a, b in zip(sides["ours"], sides["Trainer"], strict=True)]
     found.figure("ours / Trainer", " and ".join(f"{ratio:.2f}" for ratio in ratios))
