@@ -27,15 +27,13 @@ if TYPE_CHECKING:
 
 def describe(corpus: Corpus, config: Config) -> list[str]:
     """What was tokenized, and what a run with this configuration would make of it."""
-    from smollm.data.batches import TokenDataset
+    from smollm.data.batches import dataset_of
 
     data, steps = config.data, config.training.train_steps
-    dataset = TokenDataset(
-        corpus.train, data.sequence_length, config.sequences_per_step, config.training.seed
-    )
+    dataset = dataset_of(config, corpus)
     entries, mean = corpus.tokenizer.get_vocab_size(), corpus.text_bytes / corpus.tokens
     rows = [
-        *corpus.rows(),
+        *corpus.rows(dataset.mixed(steps)),
         (
             "tokenizer",
             f"{entries:,} entries; {corpus.text_bytes:,} bytes of text, {mean:.3f} bytes per token",

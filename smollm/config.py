@@ -6,15 +6,18 @@ configuration is reported in well under a second.
 """
 
 import dataclasses
+import math
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from smollm.errors import printable
 
 LAST_STEP = 999_999  # names of checkpoint directories have six digits
 MOST_TRACED = 100  # steps: a trace is held in memory until it is written
+LONGEST_PERIOD = 100_000  # windows after which a mixture's schedule repeats
 GRADIENT_CHECKPOINTING = ("none", "selective", "full")  # each keeps less than the one before
 
 
@@ -74,6 +77,7 @@ class DataConfig:
 
     input_files: tuple[str, ...] = _setting(("input.txt",), is_path=True)
     text_key: str = _setting("text")
+    weights: tuple[float, ...] = _setting((), 0.0, 1e12)
     max_bad_rows: int = _setting(0, 0, 2**40)
     sequence_length: int = _setting(2048, 1, 2**20)
     validation_file: str | None = _setting(None, is_path=True)
@@ -246,10 +250,39 @@ def model_conflicts(model: ModelConfig) -> Iterator[str]:
         yield f"{value} is not used by model.architecture {model.architecture}; set model.{used}"
 
 
+def shares(weights: Sequence[float]) -> tuple[int, ...]:
+    """Weights as the smallest whole numbers of the same proportions: (0.7, 0.3) is (7, 3)."""
+    exact = [Fraction(repr(float(weight))) for weight in weights]  # as it was written
+    whole = [int(each * math.lcm(*(each.denominator for each in exact))) for each in exact]
+    return tuple(each // math.gcd(*whole) for each in whole)
+
+
+def _weight_conflicts(data: DataConfig) -> Iterator[str]:
+    """Every problem of data.weights."""
+    weights, entries = list(data.weights), len(data.input_files)
+    if not weights:
+        return
+    if len(weights) != entries:
+        files = "1 entry" if entries == 1 else f"{entries} entries"
+        yield (
+            f"data.weights {weights} are {len(weights)}, and data.input_files (--input_file) has "
+            f"{files}; give a weight for each, or none at all: data.weights=[]"
+        )
+    elif not any(weights):
+        yield f"data.weights {weights}: all are 0; one at least must be larger"
+    elif (period := sum(shares(weights))) > LONGEST_PERIOD:
+        rounded = [round(weight / sum(weights), 4) for weight in weights]
+        yield (
+            f"data.weights {weights}: their proportions are exact after {period:,} windows only, "
+            f"more than {LONGEST_PERIOD:,}; round them, such as {rounded}"
+        )
+
+
 def conflicts(config: Config) -> Iterator[str]:
     """Every problem between keys that are each valid alone, as a line that names the keys."""
     model, training = config.model, config.training
     yield from model_conflicts(model)
+    yield from _weight_conflicts(config.data)
     longest = model.max_position_embeddings
     for key, length in (
         ("data.sequence_length", config.data.sequence_length),

@@ -185,6 +185,8 @@ def _expected(field: dataclasses.Field, kind: Any) -> str:
         return f"{noun} from {low:.12g} to {high:.12g}"
     if kind == tuple[int, ...]:
         return f"a list of whole numbers from {low} to {high}, such as [500, 1000]"
+    if kind == tuple[float, ...]:
+        return f"a list of numbers from {low:.12g} to {high:.12g}, such as [0.7, 0.3]"
     return (
         "a list of one or more texts, such as [one, two]" if kind == tuple[str, ...] else "a text"
     )

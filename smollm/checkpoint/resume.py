@@ -215,6 +215,11 @@ def check_compatible(
     lines = [f"changed since the checkpoint: {line}" for line in differences(old, config)]
     if changed:
         lines.append("another text: its epochs and its best loss are counted from here")
+    elif bool(old.data.weights) != bool(config.data.weights):
+        lines.append(
+            "windows in another order: each source continues at the same fraction of its epoch, "
+            "and some of its tokens are seen twice or not at all"
+        )
     elif old.data.sequence_length != config.data.sequence_length:
         lines.append(
             "windows of another length: the epoch continues at the same fraction, and some of its "

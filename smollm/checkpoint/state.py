@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from smollm import distributed, fault_injection, randomness
 from smollm.checkpoint import resume
 from smollm.checkpoint.store import Checkpoint
-from smollm.config import Config
-from smollm.data.batches import Position
+from smollm.config import Config, DataConfig
+from smollm.data.batches import Place, Position
 from smollm.data.corpus import Corpus
 from smollm.errors import CheckpointError, first_line
 
@@ -167,18 +167,39 @@ def load_optimizers(model: nn.Module, optimizers: Optimizers, checkpoint: Checkp
 def data_position(config: Config, corpus: Corpus, saved: Checkpoint) -> Position:
     """Where in the data a run goes on: where the checkpoint was, or at the start of another text.
 
-    A changed batch continues after the windows that were consumed. Windows of another length are
-    others: the run continues at the same fraction of the epoch.
+    A changed batch continues after the windows that were consumed, changed weights where each
+    source was. Windows of another length are others: the run continues at the same fraction of the
+    epoch; so does each source where a mixture begins, and all of them together where one ends.
+
+    Raises:
+        CheckpointError: the position is not one of so many sources.
     """
-    step, state = saved.step, saved.trainer_state
+    step, state, old = saved.step, saved.trainer_state, saved.config
     if resume.changed_input(corpus.fingerprint, saved.trainer_state):
         return Position(step)
-    old = saved.config
-    before, now = (
-        len(corpus.train) // each.data.sequence_length for each in (old, config)
-    )  # windows of an epoch
+    before, now = (_epoch_windows(corpus, each.data) for each in (old, config))
     if "position" in state:
-        epoch, windows = (state["position"][key] for key in ("epoch", "windows"))
+        found = Position.from_json(step, state["position"])
     else:  # as checkpoints of 909856d and before were trained
-        epoch, windows = divmod(step * old.sequences_per_step, before)
-    return Position(step, epoch, windows if now == before else windows * now // before)
+        found = Position(step, (Place(*divmod(step * old.sequences_per_step, before[0])),))
+    places = found.sources
+    if len(places) != len(before):
+        raise CheckpointError(
+            f"the checkpoint of step {step}: its position is of {len(places)} sources, and its "
+            f"data.weights of {len(before)}; it is not one of our checkpoints"
+        )
+    if bool(old.data.weights) != bool(config.data.weights):
+        consumed = sum(p.epoch * size + p.windows for p, size in zip(places, before, strict=True))
+        whole = Place(*divmod(consumed, sum(before)))
+        places, before = (whole,) * len(now), [sum(before)] * len(now)
+    places = tuple(
+        Place(place.epoch, place.windows if size == old_size else place.windows * size // old_size)
+        for place, old_size, size in zip(places, before, now, strict=True)
+    )
+    same = old.data.weights == config.data.weights
+    return Position(step, places, found.scheduled if same else 0)
+
+
+def _epoch_windows(corpus: Corpus, data: DataConfig) -> list[int]:
+    """The windows of an epoch of each source."""
+    return [len(tokens) // data.sequence_length for tokens in corpus.sources(data)]

@@ -51,6 +51,19 @@ def _is_loss(value: Any) -> bool:
     return value is None or is_finite(value)
 
 
+def _is_position(value: Any) -> bool:
+    """Whether a value is what `batches.Position.to_json` gives."""
+    if not isinstance(value, dict):
+        return False
+    sources = value.get("sources", [value])
+    return (
+        isinstance(sources, list)
+        and all(isinstance(each, dict) for each in sources)
+        and all(_is_count(each.get(key)) for each in sources for key in ("epoch", "windows"))
+        and _is_count(value.get("scheduled", 0))
+    )
+
+
 # What each key of trainer_state.json accepts; null where it may be missing.
 _SCHEMA: dict[str, Callable[[Any], bool]] = {
     "step": lambda value: _is_count(value) and value <= LAST_STEP,
@@ -66,10 +79,7 @@ _SCHEMA: dict[str, Callable[[Any], bool]] = {
     ),
     "parent": lambda value: value is None or isinstance(value, str),
     "init_from": lambda value: value is None or isinstance(value, str),
-    "position": lambda value: (
-        value is None
-        or (isinstance(value, dict) and all(_is_count(value.get(k)) for k in ("epoch", "windows")))
-    ),
+    "position": lambda value: value is None or _is_position(value),
     "machine": lambda value: value is None or isinstance(value, dict),
     "data": lambda value: isinstance(value, dict),
     "config": lambda value: isinstance(value, dict),

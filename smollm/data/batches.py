@@ -4,14 +4,28 @@ A batch is a pure function of the seed, the step and the position in the data at
 the same on any number of processes.
 """
 
+import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from smollm.config import Config
+from smollm.data.corpus import Corpus
+from smollm.data.mixture import Schedule
+from smollm.data.order import permutation
 from smollm.data.shards import Tokens
 from smollm.randomness import derive_seed
+
+
+@dataclass(frozen=True)
+class Place:
+    """What was consumed of one source."""
+
+    epoch: int = 0  # completed epochs
+    windows: int = 0  # of the epoch after these
 
 
 @dataclass(frozen=True)
@@ -19,56 +33,134 @@ class Position:
     """What was consumed of the data after `step` optimizer steps."""
 
     step: int = 0
-    epoch: int = 0  # completed epochs
-    windows: int = 0  # of the epoch after these
+    sources: tuple[Place, ...] = ()  # none: nothing of any
+    scheduled: int = 0  # windows since the present weights were taken
+
+    def to_json(self) -> dict[str, Any]:
+        """It, as trainer_state.json has it; of one source as it was before there were mixtures."""
+        places = [dataclasses.asdict(place) for place in self.sources]
+        if len(places) == 1:
+            return {"step": self.step, **places[0]}
+        return {"step": self.step, "sources": places, "scheduled": self.scheduled}
+
+    @classmethod
+    def from_json(cls, step: int, found: dict[str, Any]) -> "Position":
+        """What `to_json` gave."""
+        places = (Place(each["epoch"], each["windows"]) for each in found.get("sources", [found]))
+        return cls(step, tuple(places), found.get("scheduled", 0))
+
+
+class Ring:
+    """The windows of one source, whose tokens are circular.
+
+    Each epoch starts its windows at a seeded offset and visits them in a seeded order. No token is
+    a target twice in an epoch; fewer than sequence_length tokens are none, and which ones changes
+    with every epoch.
+
+    Args:
+        tokens: (N,) an array, or shards.Tokens.
+        sequence_length: T, the tokens predicted in a window.
+        seed: of the order.
+        purpose: tells the orders of several rings apart.
+    """
+
+    def __init__(
+        self, tokens: np.ndarray | Tokens, sequence_length: int, seed: int, purpose: str
+    ) -> None:
+        self.tokens = tokens
+        self.sequence_length = sequence_length
+        self.seed, self.purpose = seed, purpose
+        self.windows_per_epoch = len(tokens) // sequence_length
+        # One: a step asks for its windows in order, and where an epoch ends for those of the next.
+        self._epoch = functools.lru_cache(maxsize=1)(self._make_epoch)
+
+    def _make_epoch(self, epoch: int) -> tuple[int, Sequence[int] | np.ndarray]:
+        """The offset of an epoch, and the order of its windows."""
+        key = derive_seed(self.seed, epoch, self.purpose)
+        random = np.random.Generator(np.random.Philox(key))
+        offset = int(random.integers(len(self.tokens)))
+        return offset, permutation(self.windows_per_epoch, random)
+
+    def window(self, number: int) -> np.ndarray:
+        """The sequence_length + 1 tokens of a window, numbered from the first epoch on."""
+        epoch, index = divmod(number, self.windows_per_epoch)
+        offset, order = self._epoch(epoch)
+        start = (offset + int(order[index]) * self.sequence_length) % len(self.tokens)
+        stop = start + self.sequence_length + 1
+        window = self.tokens[start:stop]
+        if stop > len(self.tokens):
+            window = np.concatenate([window, self.tokens[: stop - len(self.tokens)]])
+        return window
 
 
 class TokenDataset:
     """The training windows, in an order that is a pure function of the seed.
 
-    The tokens are circular. Each epoch starts its windows at a seeded offset and visits them in a
-    seeded order. No token is a target twice in an epoch; fewer than sequence_length tokens are
-    none, and which ones changes with every epoch.
-
     Args:
-        tokens: (N,) the training tokens, N > sequence_length: an array, or shards.Tokens.
+        sources: the training tokens of each, more than sequence_length of them where its weight is
+            not 0.
         sequence_length: T, the tokens predicted in a window.
         sequences_per_step: windows in one optimizer step, over all processes.
         seed: of the order.
         start: where the run goes on; steps before it are not asked for.
+        weights: the share of each source in the windows; see `mixture.Schedule`.
     """
 
     def __init__(
-        self, tokens: np.ndarray | Tokens, sequence_length: int, sequences_per_step: int, seed: int,
-        start: Position = Position(),
+        self, sources: Sequence[np.ndarray | Tokens], sequence_length: int, sequences_per_step: int,
+        seed: int, start: Position = Position(), weights: Sequence[float] = (1.0,),
     ) -> None:  # fmt: skip
-        self.tokens = tokens
-        self.sequence_length = sequence_length
+        self.rings = [
+            Ring(tokens, sequence_length, seed, f"epoch of source {number}" if number else "epoch")
+            for number, tokens in enumerate(sources)
+        ]
         self.sequences_per_step = sequences_per_step
-        self.seed, self.start = seed, start
-        self.windows_per_epoch = len(tokens) // sequence_length
-        self._epoch_starts = functools.lru_cache(maxsize=2)(self._make_epoch_starts)
+        self.start, self.schedule = start, Schedule(weights)
+        places = start.sources or [Place()] * len(self.rings)
+        sizes = [ring.windows_per_epoch for ring in self.rings]
+        self.before = [
+            place.epoch * size + place.windows - scheduled
+            for place, size, scheduled in zip(
+                places, sizes, self.schedule.counts(start.scheduled), strict=True
+            )
+        ]  # windows of each source that the schedule does not count
 
-    def _make_epoch_starts(self, epoch: int) -> np.ndarray:
-        """Where each window of an epoch starts, in the order of training."""
-        key = derive_seed(self.seed, epoch, "epoch")
-        random = np.random.Generator(np.random.Philox(key))
-        offset = random.integers(len(self.tokens))
-        order = random.permutation(self.windows_per_epoch)
-        return (offset + order * self.sequence_length) % len(self.tokens)
+    def _scheduled(self, step: int) -> int:
+        """Windows of the schedule up to `step`."""
+        return self.start.scheduled + (step - self.start.step) * self.sequences_per_step
 
-    def _consumed(self, step: int) -> int:
-        """Windows consumed after `step` steps, counted in epochs of this window length."""
-        before = self.start.epoch * self.windows_per_epoch + self.start.windows
-        return before + (step - self.start.step) * self.sequences_per_step
+    def _consumed(self, windows: int) -> list[int]:
+        """Windows consumed of each source after so many of the schedule, in its own epochs."""
+        counts = self.schedule.counts(windows)
+        return [before + count for before, count in zip(self.before, counts, strict=True)]
 
     def position(self, step: int) -> Position:
         """What was consumed after `step` steps: a dataset that starts there goes on the same."""
-        return Position(step, *divmod(self._consumed(step), self.windows_per_epoch))
+        scheduled = self._scheduled(step)
+        consumed = zip(self.rings, self._consumed(scheduled), strict=True)
+        places = (Place(*divmod(n, max(1, ring.windows_per_epoch))) for ring, n in consumed)
+        return Position(step, tuple(places), scheduled)
 
     def epoch(self, step: int) -> float:
-        """Epochs done after `step` optimizer steps."""
-        return self._consumed(step) / self.windows_per_epoch
+        """Epochs done after `step` optimizer steps: over the windows of all sources together."""
+        windows = sum(ring.windows_per_epoch for ring in self.rings)
+        return sum(self._consumed(self._scheduled(step))) / windows
+
+    def epochs(self, step: int) -> list[float]:
+        """Epochs of each source done after `step` optimizer steps."""
+        consumed = self._consumed(self._scheduled(step))
+        sizes = (ring.windows_per_epoch for ring in self.rings)
+        return [n / max(1, size) for n, size in zip(consumed, sizes, strict=True)]
+
+    def mixed(self, step: int) -> list[str]:
+        """What the schedule makes of each source, in words; nothing where there is but one."""
+        if len(self.rings) == 1:
+            return []
+        period = self.schedule.period
+        return [
+            f"{share / period:.2%} of the windows, {epochs:,.2f} epochs"
+            for share, epochs in zip(self.schedule.shares, self.epochs(step), strict=True)
+        ]
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """The windows of optimizer step `step` (from 1) of one process.
@@ -81,21 +173,27 @@ class TokenDataset:
             tokens; labels are the next tokens.
         """
         count = self.sequences_per_step // world_size
-        first = self._consumed(step - 1) + rank * count
-        windows = []
-        for number in range(first, first + count):
-            epoch, window = divmod(number, self.windows_per_epoch)
-            windows.append(self._window(int(self._epoch_starts(epoch)[window])))
+        first = self._scheduled(step - 1) + rank * count
+        numbers, windows = self._consumed(first), []
+        for source in self.schedule.sources(first, count):
+            windows.append(self.rings[source].window(numbers[source]))
+            numbers[source] += 1
         rows = np.stack(windows)
         return rows[:, :-1], rows[:, 1:]
 
-    def _window(self, start: int) -> np.ndarray:
-        """The sequence_length + 1 tokens from a place in the ring on."""
-        stop = start + self.sequence_length + 1
-        window = self.tokens[start:stop]
-        if stop > len(self.tokens):
-            window = np.concatenate([window, self.tokens[: stop - len(self.tokens)]])
-        return window
+
+def dataset_of(config: Config, corpus: Corpus, start: Position = Position()) -> TokenDataset:
+    """The training windows of a configuration.
+
+    Args:
+        corpus: its tokens.
+        start: see TokenDataset.
+    """
+    data = config.data
+    return TokenDataset(
+        corpus.sources(data), data.sequence_length, config.sequences_per_step,
+        config.training.seed, start, data.weights or (1.0,),
+    )  # fmt: skip
 
 
 def validation_batches(

@@ -1,5 +1,6 @@
 """The tokens of an input as training reads them: one training part, and what is held out."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from smollm.config import Config
+from smollm.config import Config, DataConfig
 from smollm.data import heldout, shards
 from smollm.data.files import Source
 from smollm.data.hashes import Identity, key
@@ -43,6 +44,10 @@ class Corpus:
         """All tokens, held out or not."""
         return len(self.train) + sum(len(part.validation) for part in self.parts)
 
+    def sources(self, data: DataConfig) -> list[Tokens]:
+        """What training draws windows from: each source where they are mixed, else all in one."""
+        return [part.train for part in self.parts[: len(data.weights)]] or [self.train]
+
     def held_out(self, most: int) -> dict[int, Tokens]:
         """The held-out tokens by the number of their part; at most so many, shared out by size."""
         parts = {n: part.validation for n, part in enumerate(self.parts) if len(part.validation)}
@@ -56,13 +61,18 @@ class Corpus:
             f"= {len(self.train):,} train + {self.tokens - len(self.train):,} validation"
         )
 
-    def rows(self) -> list[tuple[str, str]]:
-        """The rows of a table for people: all of it, and where there are several each part."""
+    def rows(self, mixed: Sequence[str] = ()) -> list[tuple[str, str]]:
+        """The rows of a table for people: all of it, and where there are several each part.
+
+        Args:
+            mixed: what a mixture makes of each source, if there is one.
+        """
         rows = [("data", self.conservation())]
         for number, part in enumerate(self.parts if len(self.parts) > 1 else ()):
             train, validation = len(part.train), len(part.validation)
             text = f"{part.name}: {train:,} train + {validation:,} validation tokens"
-            rows.append((f"  {number}", text))
+            more = f"; {mixed[number]}" if number < len(mixed) else ""
+            rows.append((f"  {number}", text + more))
         return rows
 
 
@@ -141,6 +151,13 @@ def check_length(corpus: Corpus, config: Config) -> None:
             f"{given}: has {len(corpus.train):,} training tokens, fewer than one window of "
             f"data.sequence_length + 1 = {least:,}; use a longer text or a shorter window"
         )
+    for part, weight in zip(corpus.parts, config.data.weights, strict=False):
+        if weight and len(part.train) < least:
+            raise InputError(
+                f"{part.name}: has {len(part.train):,} training tokens, fewer than one window of "
+                f"data.sequence_length + 1 = {least:,}, which its weight {weight} in data.weights "
+                "needs; use a longer text, or the weight 0"
+            )
     of_file = config.data.validation_file is not None
     for part in corpus.parts[-1:] if of_file else corpus.parts:
         if len(part.validation) < 2:

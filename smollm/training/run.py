@@ -355,7 +355,7 @@ class Run:
             "wandb_run_id": self.run_id,
             "parent": self.parent,
             "machine": hardware.fingerprint(self.hardware),
-            "position": dataclasses.asdict(self.dataset.position(self.progress.step)),
+            "position": self.dataset.position(self.progress.step).to_json(),
             "data": self.corpus.fingerprint,
             "world_size": ranks.world_size(),
             "versions": {

@@ -15,7 +15,7 @@ from smollm.checkpoint import pretrained, resume, state, store
 from smollm.checkpoint.writer import Writer
 from smollm.config import Config, to_dict
 from smollm.data import token_cache, tokenizer
-from smollm.data.batches import Position, TokenDataset
+from smollm.data.batches import Position, dataset_of
 from smollm.data.corpus import Corpus
 from smollm.errors import (
     ConfigError,
@@ -114,10 +114,9 @@ def set_up(
     optimizers = build_optimizers(parallel.model, config.training, machine.dtype)
     if saved:
         state.load_optimizers(parallel.model, optimizers, saved)
-    dataset = TokenDataset(
-        corpus.train, config.data.sequence_length, config.sequences_per_step, config.training.seed,
-        state.data_position(config, corpus, saved) if saved else Position(),
-    )  # fmt: skip
+    dataset = dataset_of(
+        config, corpus, state.data_position(config, corpus, saved) if saved else Position()
+    )
     progress, run_id, parent = _progress_of(job, saved, corpus)
     if saved:
         on_gpu = machine.device.type == "cuda"

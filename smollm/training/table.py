@@ -27,7 +27,7 @@ def describe(run: Run) -> list[str]:
     elif job.init_from:
         start = f"a fresh optimizer, seed {config.training.seed}"
     count = count_parameters(config.model)
-    first, epochs = run.progress.step + 1, dataset.epoch(job.last)
+    first, epochs = run.progress.step + 1, dataset.epochs(job.last)
     size = state.checkpoint_bytes(run.model, run.train_step.optimizers)
     rows = [
         ("phase", f"{job.phase}: steps {run.progress.step:,} -> {job.last:,} ({start})"),
@@ -38,24 +38,27 @@ def describe(run: Run) -> list[str]:
         *_weights(run),
         ("parameters", f"{count.total:,} ({count.matrices:,} in matrices)"),
         *([("memory", expected_memory(run))] if run.hardware.device.type == "cuda" else []),
-        *run.corpus.rows(),
+        *run.corpus.rows(dataset.mixed(job.last)),
         *_evaluated(run),
         (
             "batch",
             f"{micro_batch} sequences x {accumulation} accumulation{processes} x "
             f"{config.data.sequence_length:,} tokens = {config.tokens_per_step:,} tokens per step",
         ),
-        ("epochs", f"{epochs:,.1f} over {len(dataset.tokens):,} tokens"),
+        ("epochs", f"{dataset.epoch(job.last):,.1f} over {len(run.corpus.train):,} tokens"),
         ("optimizer", describe_optimizer(config.training, first, job.last)),
         ("checkpoints", f"{job.save_dir}, {size / 1e6:,.0f} MB each"),
     ]
     lines = [f"{name:<14} {value}" for name, value in rows]
-    if epochs > MEMORISED_EPOCHS:
-        lines.append(
-            f"warning: {epochs:,.0f} epochs over this text: the model will memorize it "
-            f"(beyond about {MEMORISED_EPOCHS} repeats add little); use a longer text or fewer "
-            "steps for a model that generalises"
-        )
+    for number, many in enumerate(epochs):
+        if many > MEMORISED_EPOCHS:
+            text = "this text" if len(epochs) == 1 else run.corpus.parts[number].name
+            smaller = "" if len(epochs) == 1 else ", a smaller weight"
+            lines.append(
+                f"warning: {many:,.0f} epochs over {text}: the model will memorize it "
+                f"(beyond about {MEMORISED_EPOCHS} repeats add little); use a longer text{smaller} "
+                "or fewer steps for a model that generalises"
+            )
     return lines
 
 

@@ -19,8 +19,8 @@ SIZES = [(1000, 7, 4), (1024, 16, 8), (17, 16, 3), (100, 9, 32), (997, 10, 1)]
 def test_each_epoch_uses_each_window_once(count, length, per_step):
     """E4: in each of 3 epochs no token is predicted twice, all but fewer than T are, and every
     window is a run of consecutive tokens of the ring."""
-    dataset = TokenDataset(np.arange(count, dtype=np.uint16), length, per_step, seed=42)
-    windows = dataset.windows_per_epoch
+    dataset = TokenDataset([np.arange(count, dtype=np.uint16)], length, per_step, seed=42)
+    windows = dataset.rings[0].windows_per_epoch
     assert windows == count // length
     steps = -(-3 * windows // per_step)
     batches = [dataset.batch(step) for step in range(1, steps + 1)]
@@ -48,10 +48,10 @@ def test_each_epoch_uses_each_window_once(count, length, per_step):
 def test_a_new_dataset_goes_on_at_any_step(epoch, shift):
     """E4: resumed before, at and after the end of epochs 1 to 3, the batches are the same."""
     tokens = np.random.default_rng(0).integers(0, 500, 1000).astype(np.uint16)
-    first = TokenDataset(tokens, 7, 4, seed=1)
+    first = TokenDataset([tokens], 7, 4, seed=1)
     batches = {step: first.batch(step) for step in range(1, 130)}
-    resumed = TokenDataset(tokens, 7, 4, seed=1)
-    start = epoch * first.windows_per_epoch // 4 + shift
+    resumed = TokenDataset([tokens], 7, 4, seed=1)
+    start = epoch * first.rings[0].windows_per_epoch // 4 + shift
     for step in range(start, start + 5):
         for one, other in zip(resumed.batch(step), batches[step], strict=True):
             assert np.array_equal(one, other)
@@ -61,12 +61,12 @@ def test_a_batch_is_a_pure_function_of_seed_and_step():
     """Any order of steps, any instance: the same batch; nothing is drawn from global generators,
     and another seed gives other batches."""
     tokens = np.random.default_rng(0).integers(0, 500, 1000).astype(np.uint16)
-    first = TokenDataset(tokens, 7, 4, seed=1)
+    first = TokenDataset([tokens], 7, 4, seed=1)
     expected = [first.batch(step) for step in range(1, 151)]
     states = random.getstate(), np.random.get_state()[1].tolist()
     order = list(range(1, 151))
     random.Random(9).shuffle(order)
-    again = TokenDataset(tokens, 7, 4, seed=1)
+    again = TokenDataset([tokens], 7, 4, seed=1)
     for step in order:
         inputs, labels = again.batch(step)
         assert inputs.dtype == labels.dtype == tokens.dtype
@@ -74,7 +74,7 @@ def test_a_batch_is_a_pure_function_of_seed_and_step():
         assert np.array_equal(inputs, expected[step - 1][0])
         assert np.array_equal(labels, expected[step - 1][1])
     assert states == (random.getstate(), np.random.get_state()[1].tolist())
-    other = TokenDataset(tokens, 7, 4, seed=2)
+    other = TokenDataset([tokens], 7, 4, seed=2)
     assert not np.array_equal(other.batch(1)[0], expected[0][0])
 
 
@@ -82,10 +82,10 @@ def test_a_batch_is_a_pure_function_of_seed_and_step():
 def test_the_processes_share_out_the_same_windows(world_size):
     """The ranks' batches, one after the other, are the batch of one process, for each step."""
     tokens = np.random.default_rng(0).integers(0, 500, 500).astype(np.uint16)
-    alone = TokenDataset(tokens, 9, 8, seed=3)
+    alone = TokenDataset([tokens], 9, 8, seed=3)
     for step in range(1, 30):
         shares = [
-            TokenDataset(tokens, 9, 8, seed=3).batch(step, rank, world_size)
+            TokenDataset([tokens], 9, 8, seed=3).batch(step, rank, world_size)
             for rank in range(world_size)
         ]
         for number, whole in enumerate(alone.batch(step)):
@@ -95,7 +95,7 @@ def test_the_processes_share_out_the_same_windows(world_size):
 
 def test_batches_of_the_golden_order():
     """The order of windows is part of what a resumed run relies on: it must never change."""
-    dataset = TokenDataset(np.arange(1000, dtype=np.uint16), 7, 4, seed=42)
+    dataset = TokenDataset([np.arange(1000, dtype=np.uint16)], 7, 4, seed=42)
     starts = [dataset.batch(step)[0][:, 0].tolist() for step in (1, 36, 100)]
     assert starts == [[59, 423, 681, 612], [402, 115, 143, 647], [927, 486, 325, 144]]
 
@@ -154,21 +154,23 @@ def test_a_changed_batch_skips_and_repeats_no_window(trials):
     rng = random.Random(seed)
     tokens = np.arange(1000, dtype=np.uint16)
     for _ in range(trials):
-        whole = TokenDataset(tokens, 7, 1, seed=3)  # one window a step: the order itself
+        whole = TokenDataset([tokens], 7, 1, seed=3)  # one window a step: the order itself
         start, seen = Position(), []
-        while len(seen) < 3 * whole.windows_per_epoch:
-            dataset = TokenDataset(tokens, 7, rng.randint(1, 60), 3, start)
+        while len(seen) < 3 * whole.rings[0].windows_per_epoch:
+            dataset = TokenDataset([tokens], 7, rng.randint(1, 60), 3, start)
             last = start.step + rng.randint(1, 9)
             seen += _windows(dataset, start.step + 1, last)
             start = dataset.position(last)
-            assert dataset.epoch(last) == pytest.approx(len(seen) / whole.windows_per_epoch)
+            assert dataset.epoch(last) == pytest.approx(
+                len(seen) / whole.rings[0].windows_per_epoch
+            )
         assert seen == _windows(whole, 1, len(seen))
 
 
 def test_a_position_goes_on_on_any_number_of_processes():
     """The ranks' parts of a batch after a restart are the whole one's."""
     tokens = np.arange(1000, dtype=np.uint16)
-    start = TokenDataset(tokens, 7, 8, seed=3).position(5)
-    whole = TokenDataset(tokens, 7, 4, 3, start)
+    start = TokenDataset([tokens], 7, 8, seed=3).position(5)
+    whole = TokenDataset([tokens], 7, 4, 3, start)
     parts = [whole.batch(6, rank, 2)[0] for rank in range(2)]
     assert np.array_equal(np.concatenate(parts), whole.batch(6)[0])
