@@ -188,7 +188,7 @@ def test_weights_that_cannot_be(tmp_path: Path, weights: str, said: str) -> None
 def test_a_weighted_source_must_hold_a_window(tmp_path: Path) -> None:
     """Exit 3, with its name; with the weight 0 it is evaluated only."""
     write_tiny(tmp_path)
-    (tmp_path / "short.txt").write_text("5, 7, 2, 9, 4; and x, q, z.\n")
+    (tmp_path / "short.txt").write_text("5, 7, 2\n9, 4; and\nx, q\nz, w, 8, 1\n")
     words = ["--input_file", "text.txt", "--input_file", "short.txt", "--dry_run"]
     words += ["data.validation_fraction=0.4"]
     done = train(tmp_path, *words, "data.weights=[1, 1]")
