@@ -32,7 +32,7 @@ from smollm.errors import CheckpointError, ConfigError, InputError, printable
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from smollm.data.shards import Tokens
+    from smollm.data.tokens import Tokens
 
 MOST_LOGITS = 2**28  # of one forward pass: a machine may have less memory than the one that trained
 LARGEST = 2**40  # of data.validation_tokens

@@ -31,12 +31,15 @@ def describe(corpus: Corpus, config: Config) -> list[str]:
 
     data, steps = config.data, config.training.train_steps
     dataset = dataset_of(config, corpus)
-    entries, mean = corpus.tokenizer.get_vocab_size(), corpus.text_bytes / corpus.tokens
+    size = ""
+    if corpus.text_bytes is not None:
+        mean = corpus.text_bytes / corpus.tokens
+        size = f"; {corpus.text_bytes:,} bytes of text, {mean:.3f} bytes per token"
     rows = [
         *corpus.rows(dataset.mixed(steps)),
         (
             "tokenizer",
-            f"{entries:,} entries; {corpus.text_bytes:,} bytes of text, {mean:.3f} bytes per token",
+            f"{corpus.tokenizer.get_vocab_size():,} entries{size}",
         ),
         (
             "epochs",

@@ -34,7 +34,7 @@ from smollm.config import Config, replace_section
 from smollm.data import token_cache, tokenizer
 from smollm.data.corpus import Corpus, Part
 from smollm.data.documents import SEPARATOR
-from smollm.data.shards import Tokens
+from smollm.data.tokens import Tokens
 from smollm.errors import UserError
 from smollm.signals import StopSignals
 from smollm.training import setup

@@ -16,7 +16,7 @@ from smollm.config import Config
 from smollm.data.corpus import Corpus
 from smollm.data.mixture import Schedule
 from smollm.data.order import permutation
-from smollm.data.shards import Tokens
+from smollm.data.tokens import Tokens
 from smollm.randomness import derive_seed
 
 
@@ -58,7 +58,7 @@ class Ring:
     with every epoch.
 
     Args:
-        tokens: (N,) an array, or shards.Tokens.
+        tokens: (N,) an array, or tokens.Tokens.
         sequence_length: T, the tokens predicted in a window.
         seed: of the order.
         purpose: tells the orders of several rings apart.

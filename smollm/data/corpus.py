@@ -9,11 +9,13 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from smollm.config import Config, DataConfig
-from smollm.data import heldout, shards
+from smollm.data import heldout, shards, token_files
 from smollm.data.files import Source
 from smollm.data.hashes import Identity, key
-from smollm.data.shards import FileTokens, Tokens
+from smollm.data.shards import FileTokens
+from smollm.data.token_files import Counts
 from smollm.data.tokenizer import Chosen
+from smollm.data.tokens import Tokens
 from smollm.errors import InputError
 
 
@@ -36,7 +38,7 @@ class Corpus:
     end: int  # the id of the end-of-text token
     tokenizer_config: dict[str, Any]  # see `tokenizer.Chosen`
     documents: int
-    text_bytes: int  # of the documents' texts, in UTF-8
+    text_bytes: int | None  # of the documents' texts, in UTF-8; None where there are but tokens
     fingerprint: dict[str, Any]  # of the text, the tokenizer and the split
 
     @property
@@ -92,30 +94,27 @@ class HashedFile:
 
 def build(
     config: Config, sources: list[Source], hashed: dict[Path, HashedFile],
-    found: dict[Path, FileTokens], chosen: Chosen,
+    found: dict[Path, FileTokens], in_place: dict[Path, Counts], chosen: Chosen,
 ) -> Corpus:  # fmt: skip
     """The corpus of tokens that are on the disk.
 
     Args:
         sources: of the input; where there is a data.validation_file it is the last.
         found: the tokens of each file, which the `chosen` tokenizer made.
+        in_place: what is in the files that are tokens already.
     """
     of_file, fraction = config.data.validation_file, config.data.validation_fraction
     parts, made_of = [], []
     for source in sources:
-        in_order = [found[path] for path in source.files if found[path].shards]
-        every = [shard for file in in_order for shard in file.shards]
-        count = sum(shard.tokens for shard in every)
-        if of_file:
-            cut = 0 if source is sources[-1] else count
+        split = fraction if not of_file else float(source is sources[-1])  # all of it, or nothing
+        if source.is_tokens:
+            tokens = token_files.stream(source.files, chosen.end)
+            cut = token_files.held_out_offset(tokens, split, chosen.end)
+            made = [hashed[path].sha256 for path in source.files]
         else:
-            cut = heldout.offset(every, fraction, chosen.encoder)
-        # A text that has no separator at its end has no end-of-text there, unless another follows.
-        if cut < count and in_order[-1].open_end:
-            count -= 1
-        tokens = Tokens((shard.directory / shards.TOKENS, 0, shard.tokens) for shard in every)
-        parts.append(Part(source.name, tokens.part(0, cut), tokens.part(cut, count)))
-        made_of.append(([shard.files[shards.TOKENS][-1] for shard in every], count, cut))
+            tokens, cut, made = _text_tokens([found[path] for path in source.files], split, chosen)
+        parts.append(Part(source.name, tokens.part(0, cut), tokens.part(cut, len(tokens))))
+        made_of.append((made, len(tokens), cut))
     every = [shard for file in found.values() for shard in file.shards]
     return Corpus(
         train=Tokens(part for each in parts for part in each.train.parts),
@@ -123,8 +122,9 @@ def build(
         tokenizer=chosen.tokenizer,
         end=chosen.end,
         tokenizer_config=chosen.config,
-        documents=sum(shard.documents for shard in every),
-        text_bytes=sum(shard.bytes for shard in every),
+        documents=sum(shard.documents for shard in every)
+        + sum(max(1, counts.ends) for counts in in_place.values()),
+        text_bytes=None if in_place else sum(shard.bytes for shard in every),
         fingerprint={
             **_text_fingerprint(sources, hashed),
             "tokenizer_sha256": sha256(chosen.tokenizer.to_str().encode()).hexdigest(),
@@ -132,6 +132,24 @@ def build(
             "tokens": key(made_of),
         },
     )
+
+
+def _text_tokens(
+    files: Sequence[FileTokens], fraction: float, chosen: Chosen
+) -> tuple[Tokens, int, list[str]]:
+    """The tokens of a source of texts, how many are not held out, and what they were made of."""
+    in_order = [file for file in files if file.shards]
+    every = [shard for file in in_order for shard in file.shards]
+    count = sum(shard.tokens for shard in every)
+    if fraction in (0.0, 1.0):
+        cut = 0 if fraction else count
+    else:
+        cut = heldout.offset(every, fraction, chosen.encoder)
+    # A text that has no separator at its end has no end-of-text there, unless another follows.
+    if cut < count and in_order[-1].open_end:
+        count -= 1
+    tokens = Tokens((shard.directory / shards.TOKENS, 0, shard.tokens) for shard in every)
+    return tokens.part(0, count), cut, [shard.files[shards.TOKENS][-1] for shard in every]
 
 
 def _text_fingerprint(sources: list[Source], hashed: dict[Path, HashedFile]) -> dict[str, Any]:

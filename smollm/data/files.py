@@ -22,14 +22,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from smollm.data import tokens
 from smollm.data.progress import Log
 from smollm.errors import InputError, first_line
 
 BLOCK = 1 << 20  # bytes read at once
+VOCABULARY = "meta.pkl"  # of nanoGPT's character-level data
 ENDINGS = {
     ".txt": "text", ".md": "text", ".jsonl": "json", ".ndjson": "json", ".csv": "csv",
     ".tsv": "tsv", ".parquet": "parquet",
 }  # fmt: skip
+TOKENS = ".bin"  # the ending of files that are tokens already
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 _MAGIC = (  # how a compressed file begins
     (re.compile(rb"\x1f\x8b\x08"), "gzip"),
@@ -37,7 +40,7 @@ _MAGIC = (  # how a compressed file begins
     (re.compile(rb"\xfd7zXZ\0"), "xz"),
     (re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"), "bzip2"),
 )
-_FORMATS = f"{', '.join(ENDINGS)}; the text ones also with {', '.join(COMPRESSED)}"
+_FORMATS = f"{', '.join(ENDINGS)}; the text ones also with {', '.join(COMPRESSED)}; or tokens"
 
 
 # --- which files ---------------------------------------------------------------------------------
@@ -49,6 +52,7 @@ class Source:
 
     name: str  # as it was given
     files: tuple[Path, ...]  # sorted
+    is_tokens: bool  # whether they hold tokens already, not text
 
 
 def find(entries: Iterable[str], log: Log) -> list[Source]:
@@ -60,7 +64,7 @@ def find(entries: Iterable[str], log: Log) -> list[Source]:
     Raises:
         InputError: an entry names nothing usable, or a file is named twice.
     """
-    sources = [Source(entry, tuple(_files(entry, log))) for entry in entries]
+    sources = [_source(entry, log) for entry in entries]
     named: dict[tuple[int, int], str] = {}
     for source in sources:
         for path in source.files:
@@ -73,6 +77,19 @@ def find(entries: Iterable[str], log: Log) -> list[Source]:
                 )
             named[identity] = str(path)
     return sources
+
+
+def _source(entry: str, log: Log) -> Source:
+    """The source of one entry."""
+    found = _files(entry, log)
+    tokens = [path for path in found if is_token_file(path)]
+    if tokens and len(tokens) < len(found):
+        text = next(path for path in found if path not in tokens)
+        raise InputError(
+            f"{entry}: holds tokens ({tokens[0].name}) and texts ({text.name}); name each of these "
+            "kinds as a source of its own"
+        )
+    return Source(entry, tuple(found), bool(tokens))
 
 
 def _files(entry: str, log: Log) -> list[Path]:
@@ -137,6 +154,10 @@ def _reason(path: Path, by_glob: bool = False) -> str | None:
         if by_glob or ending(path) in ENDINGS:
             return None
         head = _head(path)
+    if tokens.is_shard(head):
+        return None
+    if ending(path) == TOKENS:
+        return f"{TOKENS} without a header, which are to be named"
     if head.startswith(b"PAR1"):
         return None
     if ending(path) == ".json":
@@ -277,6 +298,26 @@ def _head(path: Path) -> bytes:
     """The first bytes of a file's content."""
     with reading(path), open(path, "rb") as raw:
         return decompressed(raw).read(1 << 16)
+
+
+def is_token_file(path: Path) -> bool:
+    """Whether a file holds tokens already: by its ending, or its first bytes.
+
+    Raises:
+        InputError: it does, and cannot be used as it is.
+    """
+    with reading(path), open(path, "rb") as raw:
+        has_header = tokens.is_shard(raw.read(4))
+    if not has_header and ending(path) != TOKENS:
+        return False
+    if is_compressed(path):
+        raise InputError(f"{path}: is compressed; tokens are used in place: decompress it first")
+    if not has_header and (path.parent / VOCABULARY).exists():
+        raise InputError(
+            f"{path}: has a vocabulary of its own, in the {VOCABULARY} beside it, and no pickle is "
+            "opened here; give the text that it was made from"
+        )
+    return True
 
 
 def kind_of(path: Path) -> str:

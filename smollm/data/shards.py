@@ -10,7 +10,6 @@ alone: after a kill the shards that are there are passed over.
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 from array import array
 from collections.abc import Callable, Iterable, Iterator
@@ -23,13 +22,16 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from smollm import atomic, fault_injection
+from smollm.data import token_files
 from smollm.data.documents import Piece
 from smollm.data.hashes import identity, key
 from smollm.data.sources import Findings, Reader
 from smollm.data.tokenizer import Encoder
+from smollm.data.tokens import NAME as TOKENS
+from smollm.data.tokens import Tokens
 
 FORMAT = 3  # of the cache; 2 had one pair of token files for a text, split where it was held out
-TOKENS, PIECES, FILE = "tokens.npy", "pieces.npy", "file.json"
+PIECES, FILE = "pieces.npy", "file.json"
 PIECE = np.dtype(  # a document, or a part of one
     [
         ("tokens", np.uint32),  # end-of-text included
@@ -40,7 +42,6 @@ PIECE = np.dtype(  # a document, or a part of one
 )
 SHARD = 64 * 1024 * 1024  # characters of a shard, which a kill may cost
 BATCH = 1024 * 1024  # bytes handed to the tokenizer at once, which may be as many tokens
-OPEN = 256  # token files that are open at a time
 
 
 @dataclass(frozen=True)
@@ -242,15 +243,19 @@ def problem(directory: Path, found: FileTokens, trust: bool) -> str | None:
     return None
 
 
-def text_bytes(tokens: "Tokens", tokenizer: Tokenizer) -> int:
+def text_bytes(tokens: Tokens, tokenizer: Tokenizer) -> int:
     """UTF-8 bytes of the text that tokens stand for, separators left out, by the shards' index.
 
     Args:
         tokenizer: made them. Where they begin or end within a piece, the index gives the bytes of
-            the piece, and what is decoded before that place the share of them.
+            the piece, and what is decoded before that place the share of them. What another tool
+            tokenized is decoded.
     """
     size = 0
     for path, first, last in tokens.parts:
+        if path.name != TOKENS:
+            size += token_files.text_bytes(path, first, last, tokenizer)
+            continue
         pieces = np.load(path.with_name(PIECES)).astype([(name, np.int64) for name in PIECE.names])
         stops = np.cumsum(pieces["tokens"])
         starts, stops = stops - pieces["tokens"], stops - pieces["ends"]  # without end-of-text
@@ -278,47 +283,3 @@ def _share_before(ids: np.ndarray, count: int, tokenizer: Tokenizer) -> float:
     if not whole.startswith(text):
         text = text.rstrip("\ufffd")  # a character that is cut there
     return min(1.0, len(text.encode()) / max(1, len(whole.encode())))
-
-
-class Tokens:
-    """Tokens of several files as one array, (N,), memory-mapped; slices of it are copies.
-
-    Args:
-        parts: the path of each .npy file, with the first and the last + 1 token of it.
-    """
-
-    def __init__(self, parts: Iterable[tuple[Path, int, int]]) -> None:
-        self.parts = [part for part in parts if part[2] > part[1]]
-        lengths = [stop - start for _, start, stop in self.parts]
-        self.ends = np.cumsum(lengths, dtype=np.int64) if lengths else np.zeros(0, np.int64)
-        self._open = functools.lru_cache(maxsize=OPEN)(self._open_file)
-
-    @staticmethod
-    def _open_file(path: Path) -> np.ndarray:
-        return np.load(path, mmap_mode="r")
-
-    def __len__(self) -> int:
-        return int(self.ends[-1]) if len(self.ends) else 0
-
-    def __getitem__(self, wanted: slice) -> np.ndarray:
-        first, last, step = wanted.indices(len(self))
-        if step != 1:
-            raise IndexError("tokens are read in consecutive runs")
-        found = []
-        number = int(np.searchsorted(self.ends, first, side="right"))
-        while first < last:
-            path, start, stop = self.parts[number]
-            begin = start + first - int(self.ends[number]) + (stop - start)
-            count = min(last - first, stop - begin)
-            found.append(self._open(path)[begin : begin + count])
-            first, number = first + count, number + 1
-        return np.concatenate(found) if found else np.zeros(0, np.uint16)
-
-    def part(self, first: int, last: int) -> "Tokens":
-        """The tokens from `first` to before `last`."""
-        parts, begin = [], 0
-        for path, start, stop in self.parts:
-            low, high = max(first - begin, 0), min(last - begin, stop - start)
-            parts.append((path, start + low, start + max(low, high)))
-            begin += stop - start
-        return Tokens(parts)

@@ -2,6 +2,7 @@
 
     tokens-<key>/       the tokens of one file with one tokenizer (shards.py)
     tokenizer-<key>/    a tokenizer that was learned from a text
+    counts-<key>.json   what is in a file that is tokens already (token_files.py)
     hashes.json         the sha256 of the files of inputs, while they do not change
 
 Each is named by a hash of what it was made from, and is whole or not there (atomic.py).
@@ -17,7 +18,7 @@ from tokenizers import Tokenizer
 
 from smollm import atomic
 from smollm.config import Config
-from smollm.data import corpus, files, learning, parallel, shards, tokenizer
+from smollm.data import corpus, files, learning, parallel, shards, token_files, tokenizer
 from smollm.data.corpus import Corpus, HashedFile, check_length
 from smollm.data.documents import SEPARATOR
 from smollm.data.files import Source
@@ -27,7 +28,7 @@ from smollm.data.progress import Log, Progress
 from smollm.data.shards import FileTokens
 from smollm.data.sources import Reader, refusal, text_size
 from smollm.data.tokenizer import Chosen, Encoder, TokenizerFiles
-from smollm.errors import InputError
+from smollm.errors import ConfigError, InputError
 
 # Every start verifies the hashes of the tokens up to so many bytes and files; of more, it takes the
 # size, time and inode of a file for its proof, or a start would read them all.
@@ -87,12 +88,23 @@ def _prepare(
     workers: int | None,
 ) -> Corpus:  # fmt: skip
     """The corpus from the cache, where what is missing or damaged is made first."""
+    tokens = [source for source in sources if source.is_tokens]
+    if tokens and config.tokenizer.source == "train":
+        raise ConfigError(
+            f"{tokens[0].name}: holds tokens, not a text that a tokenizer could be learned from; "
+            "set tokenizer.source to the one that made them, such as gpt2"
+        )
     hashed = _hash(sources, Hashes(Path(config.data.cache_dir), log), log)
     chosen = _choose_tokenizer(config, sources, hashed, given, log)
     _check_vocabulary(chosen.tokenizer, config, given, log)
-    found = _tokens_of_files(config, hashed, chosen.encoder, log, workers)
+    ready = {path: hashed[path].sha256 for source in tokens for path in source.files}
+    texts = {path: file for path, file in hashed.items() if path not in ready}
+    in_place = token_files.count(
+        ready, chosen.end, chosen.tokenizer, Path(config.data.cache_dir), log
+    )
+    found = _tokens_of_files(config, texts, chosen.encoder, log, workers)
     _check_rows(found, config.data.max_bad_rows, log)
-    return corpus.build(config, sources, hashed, found, chosen)
+    return corpus.build(config, sources, hashed, found, in_place, chosen)
 
 
 def _hash(sources: list[Source], hashes: Hashes, log: Log) -> dict[Path, HashedFile]:

@@ -9,7 +9,7 @@ import torch
 from model import IGNORE_INDEX, CausalLM
 from smollm import distributed, hardware, ranks
 from smollm.data.batches import validation_batches
-from smollm.data.shards import Tokens
+from smollm.data.tokens import Tokens
 
 # By the name of a tensor: counts of 64 bins, and their 65 edges.
 Histograms = dict[str, tuple[list[int], list[float]]]

@@ -27,8 +27,9 @@ from smollm.checkpoint.writer import Writer
 from smollm.config import Config, to_dict
 from smollm.data.batches import TokenDataset
 from smollm.data.corpus import Corpus
-from smollm.data.shards import Tokens, text_bytes
+from smollm.data.shards import text_bytes
 from smollm.data.tokenizer import special_ids
+from smollm.data.tokens import Tokens
 from smollm.errors import DivergedError
 from smollm.hardware import Hardware
 from smollm.randomness import derive_seed

@@ -26,8 +26,8 @@ from smollm import atomic
 from smollm.data import documents, learning, shards, token_cache
 from smollm.data.corpus import Corpus
 from smollm.data.documents import SEPARATOR
-from smollm.data.shards import Tokens
 from smollm.data.tokenizer import TokenizerFiles
+from smollm.data.tokens import Tokens
 from smollm.errors import InputError, ResourceError
 
 SHARD = 30_000  # characters, for texts of a few hundred thousand
