@@ -82,7 +82,8 @@ def test_bytes_of_what_is_only_tokens(tmp_path, settings, small_tokenizer, docum
     ids = [token for each in encoded(documents, tokenizer) for token in (end, *each)]
     corpus = prepare(settings(), write_llm_c(tmp_path / "a.bin", ids))
     size = sum(
-        text_bytes(part, corpus.tokenizer) for part in (corpus.train, corpus.parts[0].validation)
+        shards.text_bytes(part, corpus.tokenizer)
+        for part in (corpus.train, corpus.parts[0].validation)
     )
     assert size == sum(len(text.encode()) for text in documents)
     assert corpus.text_bytes is None
