@@ -13,7 +13,7 @@ from data_helpers import GPT2, held_out, needs_shared, prepare, tokens_of
 from helpers import ROOT, call, command, events, losses, train, write_tiny
 from tokenizers import Tokenizer
 
-from smollm.data import token_files
+from smollm.data import shards, token_files
 from smollm.data.documents import SEPARATOR
 from smollm.data.tokens import Tokens
 from smollm.errors import ConfigError, InputError
