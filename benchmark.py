@@ -309,8 +309,10 @@ def _check(arguments: argparse.Namespace, config: Config) -> None:
             "training.optimizer=adamw, or leave --peer out"
         )
     if "tokenize" in arguments.only:
-        given = [path for s in files.find(config.data.input_files, print) for path in s.files]
+        sources = files.find(config.data.input_files, Path(config.data.cache_dir), print)
+        given = [path for source in sources for path in source.files]
         plain = len(given) == 1 and str(given[0]) == config.data.input_files[0]
+        plain = plain and isinstance(given[0], Path) and not sources[0].is_tokens
         if not plain or files.is_compressed(given[0]) or files.kind_of(given[0]) != "text":
             raise ConfigError("--input_file: copies of one text file are tokenized; name one")
     if arguments.json and arguments.json.is_dir():

@@ -118,7 +118,8 @@ def _own_corpus(found: Pretrained, config: Config) -> Any:
             f"{found.source} does not say what text it was evaluated on; give --input_file"
         )
     try:
-        made = token_cache.prepare(config, found.tokenizer(), cli.warn)
+        commits = resume.commits(state)
+        made = token_cache.prepare(config, found.tokenizer(), cli.warn, commits=commits)
     except InputError as error:
         raise InputError(
             f"the text that {found.source} was evaluated on cannot be used ({error}); type the "

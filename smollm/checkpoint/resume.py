@@ -1,5 +1,6 @@
 """Which checkpoint a run starts from, and whether it may go on from there. Imports no torch."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from smollm.config import Config, FixedModel, differences, replace_training
 from smollm.config_reader import from_saved
 from smollm.errors import CheckpointError, ConfigError
 
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 # Keys that change what a model computes, perhaps without changing the shapes of its weights.
 _FUNCTION_KEYS = (
     "architecture", "num_attention_heads", "num_key_value_heads", "tie_word_embeddings",
@@ -183,7 +185,17 @@ def changed_input(fingerprint: dict[str, Any], trainer_state: dict[str, Any]) ->
     before = trainer_state.get("data", {})
     later = {"tokens"}  # that earlier checkpoints do not have
     keys = [key for key in fingerprint if key in before or key not in later]
+    keys = [key for key in keys if key != "commits"]  # of the same files, perhaps
     return [key for key in keys if before.get(key) != fingerprint[key]]
+
+
+def commits(trainer_state: dict[str, Any]) -> dict[str, str]:
+    """The commit that each source on the Hub was when a run started, by its entry."""
+    found = trainer_state.get("data", {}).get("commits")
+    entries = found.items() if isinstance(found, dict) else ()
+    return {
+        entry: commit for entry, commit in entries if _COMMIT.fullmatch(str(commit)) is not None
+    }
 
 
 def check_compatible(

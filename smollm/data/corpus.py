@@ -12,6 +12,7 @@ from smollm.config import Config, DataConfig
 from smollm.data import heldout, shards, token_files
 from smollm.data.files import Source
 from smollm.data.hashes import Identity, key
+from smollm.data.remote import AnyFile
 from smollm.data.shards import FileTokens
 from smollm.data.token_files import Counts
 from smollm.data.tokenizer import Chosen
@@ -93,8 +94,8 @@ class HashedFile:
 
 
 def build(
-    config: Config, sources: list[Source], hashed: dict[Path, HashedFile],
-    found: dict[Path, FileTokens], in_place: dict[Path, Counts], chosen: Chosen,
+    config: Config, sources: list[Source], hashed: dict[AnyFile, HashedFile],
+    found: dict[AnyFile, FileTokens], in_place: dict[Path, Counts], chosen: Chosen,
 ) -> Corpus:  # fmt: skip
     """The corpus of tokens that are on the disk.
 
@@ -152,10 +153,15 @@ def _text_tokens(
     return tokens.part(0, count), cut, [shard.files[shards.TOKENS][-1] for shard in every]
 
 
-def _text_fingerprint(sources: list[Source], hashed: dict[Path, HashedFile]) -> dict[str, Any]:
-    """What tells one text from another; of one file as it was when an input was one file."""
+def _text_fingerprint(sources: list[Source], hashed: dict[AnyFile, HashedFile]) -> dict[str, Any]:
+    """What tells one text from another; of one file as it was when an input was one file.
+
+    With the commit of each source that lies on the Hub.
+    """
     texts = [[hashed[path].sha256 for path in source.files] for source in sources]
+    commits = {source.name: source.revision for source in sources if source.revision}
     return {
+        **({"commits": commits} if commits else {}),
         "text_sha256": texts[0][0] if len(hashed) == 1 else key(texts),
         "text_bytes": sum(file.identity.size for file in hashed.values()),
     }

@@ -1,7 +1,7 @@
 """Which files an input is made of, which format each has, and the bytes of its content.
 
-An entry of `data.input_files` is a file, a folder or a glob. A format is chosen by a file's content
-where that shows it, else by its ending.
+An entry of `data.input_files` is a file, a folder, a glob, or a URL of these. A format is chosen by
+a file's content where that shows it, else by its ending.
 """
 
 import bz2
@@ -17,13 +17,14 @@ import re
 import shlex
 import stat
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from smollm.data import tokens
+from smollm.data import listing, tokens
 from smollm.data.progress import Log
+from smollm.data.remote import AnyFile
 from smollm.errors import InputError, first_line
 
 BLOCK = 1 << 20  # bytes read at once
@@ -51,26 +52,38 @@ class Source:
     """One entry of `data.input_files`."""
 
     name: str  # as it was given
-    files: tuple[Path, ...]  # sorted
+    files: tuple[AnyFile, ...]  # sorted
     is_tokens: bool  # whether they hold tokens already, not text
+    revision: str | None = None  # the commit, of a repository of the Hub
 
 
-def find(entries: Iterable[str], log: Log) -> list[Source]:
-    """The files of each entry: a file, a folder (all below it) or a glob.
+def find(
+    entries: Iterable[str], cache: Path, log: Log, commits: Mapping[str, str] | None = None
+) -> list[Source]:
+    """The files of each entry: a file, a folder (all below it), a glob or a URL of these.
 
     Args:
+        cache: keeps which files a URL stands for.
         log: takes a line about files that were left out.
+        commits: of the Hub, by entry, that a run goes on with.
 
     Raises:
         InputError: an entry names nothing usable, or a file is named twice.
     """
-    sources = [_source(entry, log) for entry in entries]
-    named: dict[tuple[int, int], str] = {}
+    sources = [
+        _remote_source(entry, cache, (commits or {}).get(entry), log)
+        if listing.is_url(entry)
+        else _source(entry, log)
+        for entry in entries
+    ]
+    named: dict[object, str] = {}
     for source in sources:
         for path in source.files:
-            with reading(path):
-                status = os.stat(path)
-            identity = (status.st_dev, status.st_ino)
+            identity: object = path
+            if isinstance(path, Path):
+                with reading(path):
+                    status = os.stat(path)
+                identity = (status.st_dev, status.st_ino)
             if identity in named:
                 raise InputError(
                     f"{path}: is named twice (also as {named[identity]}); name each file once"
@@ -92,13 +105,28 @@ def _source(entry: str, log: Log) -> Source:
     return Source(entry, tuple(found), bool(tokens))
 
 
+def _remote_source(entry: str, cache: Path, commit: str | None, log: Log) -> Source:
+    """The source of a URL."""
+
+    def is_text(name: str) -> bool:
+        return ending(Path(name)) in ENDINGS.keys() - {".md"}  # a README is not what a folder holds
+
+    found = listing.find(entry, is_text, cache, commit, log)
+    for file in found.files:
+        if ending(file) == TOKENS:
+            raise InputError(
+                f"{file}: is a file of tokens, which are used in place, on a disk; download them "
+                "(of the Hub: hf download OWNER/NAME --repo-type dataset --local-dir tokens), and "
+                "name the files"
+            )
+    return Source(entry, found.files, False, found.revision)
+
+
 def _files(entry: str, log: Log) -> list[Path]:
     """The files of one entry, sorted."""
     path = Path(entry)
     if not entry:
         raise InputError("data.input_files: holds an empty name; name a file, a folder or a glob")
-    if "://" in entry:
-        raise InputError(f"{entry}: is a URL; download it, and name the file with --input_file")
     if path.is_dir():
         return _select(entry, _below(path), log)
     if glob.has_magic(entry) and not os.path.lexists(path):
@@ -198,7 +226,7 @@ def _select(entry: str, found: list[tuple[Path, str | None]], log: Log) -> list[
 # --- which format --------------------------------------------------------------------------------
 
 
-def ending(path: Path) -> str:
+def ending(path: AnyFile) -> str:
     """The ending that names the format, without that of a compression."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSED:
@@ -207,7 +235,7 @@ def ending(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:
+def reading(path: AnyFile) -> Iterator[None]:
     """What goes wrong while a file is read, as an InputError that names it."""
     try:
         yield
@@ -288,15 +316,17 @@ class _ZstdFile(io.RawIOBase):
         return count
 
 
-def is_compressed(path: Path) -> bool:
+def is_compressed(path: AnyFile) -> bool:
     """Whether a file is compressed as a whole (Parquet is compressed inside)."""
-    with reading(path), open(path, "rb") as raw:
+    if not isinstance(path, Path):
+        return path.suffixes[-1:] and path.suffixes[-1].lower() in COMPRESSED
+    with reading(path), path.open("rb") as raw:
         return _compression(raw) is not None
 
 
-def _head(path: Path) -> bytes:
+def _head(path: AnyFile) -> bytes:
     """The first bytes of a file's content."""
-    with reading(path), open(path, "rb") as raw:
+    with reading(path), path.open("rb") as raw:
         return decompressed(raw).read(1 << 16)
 
 
@@ -306,7 +336,7 @@ def is_token_file(path: Path) -> bool:
     Raises:
         InputError: it does, and cannot be used as it is.
     """
-    with reading(path), open(path, "rb") as raw:
+    with reading(path), path.open("rb") as raw:
         has_header = tokens.is_shard(raw.read(4))
     if not has_header and ending(path) != TOKENS:
         return False
@@ -320,13 +350,17 @@ def is_token_file(path: Path) -> bool:
     return True
 
 
-def kind_of(path: Path) -> str:
+def kind_of(path: AnyFile) -> str:
     """The format of a file: text, json, csv, tsv or parquet.
+
+    A remote file with an ending that names one is not looked into: it is streamed once.
 
     Raises:
         InputError: it is in none of them.
     """
-    with reading(path), open(path, "rb") as raw:
+    if not isinstance(path, Path) and ending(path) in ENDINGS:
+        return ENDINGS[ending(path)]
+    with reading(path), path.open("rb") as raw:
         if raw.read(4) == b"PAR1":
             return "parquet"
     head, name = _head(path), ending(path)
@@ -356,7 +390,7 @@ def _is_json_line(head: bytes) -> bool:
         return False
 
 
-def _refuse_binary(path: Path, head: bytes) -> None:
+def _refuse_binary(path: AnyFile, head: bytes) -> None:
     """Raise InputError for what is often taken for a text: other encodings, and archives."""
     for mark, name in (
         (b"\xff\xfe\0\0", "UTF-32"),  # begins as UTF-16's does

@@ -1,5 +1,7 @@
 """Names for what was made from something, and the hashes of files, remembered while they last."""
 
+from __future__ import annotations
+
 import contextlib
 import json
 import os
@@ -7,9 +9,12 @@ import time
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from smollm import atomic
+
+if TYPE_CHECKING:
+    from smollm.data.remote import AnyFile
 
 NAME = "hashes.json"  # in the cache
 SETTLED = 2_000_000_000  # ns; a file changed again within less could show the same time
@@ -24,12 +29,14 @@ class Identity(NamedTuple):
     """What changes when a file is edited or replaced."""
 
     size: int
-    modified: int  # in ns
+    modified: int | str  # in ns; of a remote file what tells its content from another
     inode: int
 
 
-def identity(path: Path) -> Identity:
+def identity(path: AnyFile) -> Identity:
     """The identity of a file as it is now."""
+    if not isinstance(path, Path):
+        return path.again().identity()
     status = os.stat(path)
     return Identity(status.st_size, status.st_mtime_ns, status.st_ino)
 

@@ -14,13 +14,13 @@ import json
 import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smollm.data import documents
 from smollm.data.documents import SEPARATOR, Piece
 from smollm.data.files import BLOCK, decompressed, is_compressed, reading
 from smollm.data.hashes import Identity, identity
+from smollm.data.remote import AnyFile
 from smollm.errors import InputError, first_line, printable
 
 if TYPE_CHECKING:  # needed for Parquet and CSV only
@@ -61,7 +61,7 @@ class Reader:
         findings: is filled while the file is read.
     """
 
-    path: Path
+    path: AnyFile
     identity: Identity
     kind: str
     text_key: str
@@ -137,7 +137,7 @@ class Reader:
         return None
 
 
-def refusal(path: Path, count: int, first: str, most: int) -> str:
+def refusal(path: AnyFile, count: int, first: str, most: int) -> str:
     """The error about rows that cannot be used."""
     rows = f" ({count:,} such rows, data.max_bad_rows {most:,})" if count > 1 else ""
     return (
@@ -150,7 +150,7 @@ def read_text(reader: Reader) -> Iterator[str]:
     """A text file in blocks of about 1 MB: UTF-8 checked, line ends made newlines."""
     path, decoder = reader.path, codecs.getincrementaldecoder("utf-8")("strict")
     newlines = io.IncrementalNewlineDecoder(decoder, translate=True)
-    with open(path, "rb") as raw:
+    with path.open("rb") as raw:
         stream, offset = decompressed(raw), 0
         while True:
             block = stream.read(BLOCK)
@@ -182,7 +182,7 @@ def read_text(reader: Reader) -> Iterator[str]:
 
 def read_json_lines(reader: Reader) -> Iterator[tuple[str, Any]]:
     """The rows of a file with one JSON object a line; blank lines count for nothing."""
-    with open(reader.path, "rb") as raw:
+    with reader.path.open("rb") as raw:
         stream, number = decompressed(raw), 0
         while line := stream.readline(LONGEST_LINE + 1):
             number += 1
@@ -260,7 +260,7 @@ def read_csv(reader: Reader) -> Iterator[tuple[str, Any]]:
         include_columns=[key], column_types={key: pyarrow.binary()}, strings_can_be_null=False
     )
     number = 0
-    with open(path, "rb") as raw:
+    with path.open("rb") as raw:
         try:
             batches = arrow.open_csv(
                 pyarrow.PythonFile(decompressed(raw), mode="r"),
@@ -280,9 +280,9 @@ def read_csv(reader: Reader) -> Iterator[tuple[str, Any]]:
             raise InputError(f"{path}: cannot be read as CSV: {why}; mend it") from error
 
 
-def _csv_columns(path: Path, delimiter: str) -> list[str]:
+def _csv_columns(path: AnyFile, delimiter: str) -> list[str]:
     """The names in the first line of a CSV file."""
-    with open(path, "rb") as raw:
+    with path.open("rb") as raw:
         first = decompressed(raw).readline(LONGEST_LINE).removeprefix(codecs.BOM_UTF8)
         line = first.decode("utf-8", "replace")
     try:
@@ -324,7 +324,7 @@ def _parquet(reader: Reader) -> Iterator[tuple[pyarrow.parquet.ParquetFile, list
     from pyarrow import parquet
 
     try:
-        with open(reader.path, "rb") as raw:  # a name that is not UTF-8 has no other way
+        with reader.path.open("rb") as raw:  # a name that is not UTF-8 has no other way
             names = _checked_names(reader, parquet.read_schema(raw))
             raw.seek(0)
             options = {"read_dictionary": [".".join(names)], "pre_buffer": False}

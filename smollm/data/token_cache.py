@@ -11,7 +11,7 @@ Each is named by a hash of what it was made from, and is whole or not there (ato
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -25,6 +25,7 @@ from smollm.data.files import Source
 from smollm.data.hashes import Hashes, identity, key
 from smollm.data.parallel import Task
 from smollm.data.progress import Log, Progress
+from smollm.data.remote import AnyFile, RemoteFile
 from smollm.data.shards import FileTokens
 from smollm.data.sources import Reader, refusal, text_size
 from smollm.data.tokenizer import Chosen, Encoder, TokenizerFiles
@@ -33,6 +34,7 @@ from smollm.errors import ConfigError, InputError
 # Every start verifies the hashes of the tokens up to so many bytes and files; of more, it takes the
 # size, time and inode of a file for its proof, or a start would read them all.
 VERIFIED, VERIFIED_FILES = 256_000_000, 1000
+LOOKED_INTO = 16  # remote files, for how much text they hold; the others are taken to be like them
 
 
 def prepare(
@@ -40,6 +42,7 @@ def prepare(
     given: TokenizerFiles | None = None,
     log: Log = print,
     workers: int | None = None,
+    commits: Mapping[str, str] | None = None,
 ) -> Corpus:
     """Tokenize what `data.input_files` names, or find it tokenized already.
 
@@ -49,13 +52,14 @@ def prepare(
         given: the tokenizer of a checkpoint or model, which then wins over tokenizer.source.
         log: takes a line for people.
         workers: see `parallel.tokenize`.
+        commits: of the sources that lie on the Hub, where a run goes on; see `Corpus.fingerprint`.
 
     Raises:
         InputError: a file or the tokenizer cannot be used, or the text is too short.
     """
     data, cache = config.data, Path(config.data.cache_dir)
     validation = [data.validation_file] if data.validation_file else []
-    sources = files.find([*data.input_files, *validation], log)
+    sources = files.find([*data.input_files, *validation], cache, log, commits)
     try:
         with _locked(cache, log):
             found = _prepare(config, sources, given, log, workers)
@@ -97,7 +101,7 @@ def _prepare(
     hashed = _hash(sources, Hashes(Path(config.data.cache_dir), log), log)
     chosen = _choose_tokenizer(config, sources, hashed, given, log)
     _check_vocabulary(chosen.tokenizer, config, given, log)
-    ready = {path: hashed[path].sha256 for source in tokens for path in source.files}
+    ready = {Path(path): hashed[path].sha256 for source in tokens for path in source.files}
     texts = {path: file for path, file in hashed.items() if path not in ready}
     in_place = token_files.count(
         ready, chosen.end, chosen.tokenizer, Path(config.data.cache_dir), log
@@ -107,10 +111,13 @@ def _prepare(
     return corpus.build(config, sources, hashed, found, in_place, chosen)
 
 
-def _hash(sources: list[Source], hashes: Hashes, log: Log) -> dict[Path, HashedFile]:
-    """The hash of each file, remembered or new."""
+def _hash(sources: list[Source], hashes: Hashes, log: Log) -> dict[AnyFile, HashedFile]:
+    """The hash of each file, remembered or new; of a remote one what its server says."""
     identities, hashed = {}, {}
     for path in (path for source in sources for path in source.files):
+        if isinstance(path, RemoteFile):
+            hashed[path] = HashedFile(path.identity(), path.content)
+            continue
         with files.reading(path):
             identities[path] = identity(path)
     with Progress("reading", sum(file.size for file in identities.values()), log) as progress:
@@ -122,7 +129,7 @@ def _hash(sources: list[Source], hashes: Hashes, log: Log) -> dict[Path, HashedF
     return hashed
 
 
-def _reader(config: Config, path: Path, hashed: dict[Path, HashedFile]) -> Reader:
+def _reader(config: Config, path: AnyFile, hashed: dict[AnyFile, HashedFile]) -> Reader:
     data, kind = config.data, files.kind_of(path)
     return Reader(path, hashed[path].identity, kind, data.text_key, data.max_bad_rows)
 
@@ -131,7 +138,7 @@ def _reader(config: Config, path: Path, hashed: dict[Path, HashedFile]) -> Reade
 
 
 def _choose_tokenizer(
-    config: Config, sources: list[Source], hashed: dict[Path, HashedFile],
+    config: Config, sources: list[Source], hashed: dict[AnyFile, HashedFile],
     given: TokenizerFiles | None, log: Log,
 ) -> Chosen:  # fmt: skip
     """The tokenizer that was given or that the configuration asks for."""
@@ -148,7 +155,7 @@ def _choose_tokenizer(
 
 
 def _learned_tokenizer(
-    config: Config, sources: list[Source], hashed: dict[Path, HashedFile], log: Log
+    config: Config, sources: list[Source], hashed: dict[AnyFile, HashedFile], log: Log
 ) -> Tokenizer:
     """A tokenizer learned from the training part of the text, or the cached one."""
     data, fraction = config.data, config.data.validation_fraction
@@ -186,9 +193,9 @@ def _check_vocabulary(
 
 
 def _tokens_of_files(
-    config: Config, hashed: dict[Path, HashedFile], encoder: Encoder, log: Log,
+    config: Config, hashed: dict[AnyFile, HashedFile], encoder: Encoder, log: Log,
     workers: int | None,
-) -> dict[Path, FileTokens]:  # fmt: skip
+) -> dict[AnyFile, FileTokens]:  # fmt: skip
     """The tokens of each file from the cache, where what is missing is tokenized first."""
     cache = Path(config.data.cache_dir)
     made_with = (shards.FORMAT, config.data.text_key, key(encoder.content), *encoder.unusual_end)
@@ -220,14 +227,20 @@ def _tokens_of_files(
 
 def _check_space(tasks: dict[Path, Task], cache: Path, width: int) -> None:
     """There must be room for the tokens: of `width` bytes, some three bytes of text each."""
-    needed = 0
+    needed, seen = 0, [(0, 0)]  # of the remote files that were looked into: bytes, and of text
     for directory, task in tasks.items():
+        size, is_remote = task.reader.identity.size, isinstance(task.reader.path, RemoteFile)
+        if is_remote and len(seen) > LOOKED_INTO:
+            text = size * sum(text for _, text in seen) // sum(size for size, _ in seen)
+        else:
+            text = text_size(task.reader)
+            seen += [(size, text)] if is_remote else []
         made = sum(path.stat().st_size for path in directory.glob(f"shard_*/{shards.TOKENS}"))
-        needed += max(0, text_size(task.reader) * width // 3 - made)
+        needed += max(0, text * width // 3 - made)
     atomic.require_space(cache, needed)
 
 
-def _check_rows(found: dict[Path, FileTokens], most: int, log: Log) -> None:
+def _check_rows(found: dict[AnyFile, FileTokens], most: int, log: Log) -> None:
     """Raise InputError where too many rows have no text; say what was left out."""
     findings = {path: file.findings for path, file in found.items()}
     bad = sum(file.bad_rows for file in findings.values())

@@ -198,7 +198,8 @@ def _open_corpus(job: Job, saved: store.Checkpoint | None, log: Callable[[str], 
     elif job.init_from:
         given = job.init_from.tokenizer()
     with distributed.main_first():
-        corpus = token_cache.prepare(job.config, given, log)
+        commits = resume.commits(saved.trainer_state) if saved else None
+        corpus = token_cache.prepare(job.config, given, log, commits=commits)
     if saved:
         for line in resume.check_compatible(job.config, corpus.fingerprint, saved):
             log(line)

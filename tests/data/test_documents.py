@@ -136,7 +136,7 @@ def test_unreadable_text_is_refused():
 
         def attempt() -> str:
             try:
-                files.kind_of(files.find([str(path)], print)[0].files[0])
+                files.kind_of(files.find([str(path)], directory, print)[0].files[0])
                 return "accepted"
             except InputError as error:
                 return str(error)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import gzip
-import json
 import random
 from pathlib import Path
 
 import numpy as np
 import pytest
-from data_helpers import GPT2, held_out, needs_shared, prepare, tokens_of
-from helpers import ROOT, call, command, events, losses, train, write_tiny
+from data_helpers import held_out, prepare, tokens_of
 from tokenizers import Tokenizer
 
 from smollm.data import shards, token_files
@@ -199,36 +197,3 @@ def test_a_learned_tokenizer_has_no_text_to_learn_from(tmp_path: Path, settings)
     path = write_llm_c(tmp_path / "a.bin", GOOD)
     with pytest.raises(ConfigError, match="holds tokens, not a text"):
         prepare(settings("train"), path)
-
-
-# --- runs ----------------------------------------------------------------------------------------
-
-
-@needs_shared
-def test_the_same_losses_from_a_text_and_from_a_shard(tmp_path: Path) -> None:
-    """The 422 documents by GPT-2's tokenizer, as one text and as llm.c's shard: the same losses of
-    ten steps and the same evaluations, bits per byte included; and evaluate.py on the shard."""
-    write_tiny(tmp_path)
-    text = (ROOT / "input.txt").read_text("utf-8")
-    (tmp_path / "text.txt").write_text(text, "utf-8")
-    tokenizer = Tokenizer.from_file(str(GPT2))
-    end = tokenizer.token_to_id(SEPARATOR)
-    each = encoded(text.split(f"{SEPARATOR}\n")[:-1], tokenizer)
-    write_llm_c(tmp_path / "text.bin", [token for ids in each for token in (end, *ids)])
-    found = []
-    for run in ("text.txt", "text.bin"):
-        done = train(
-            tmp_path, "--input_file", run, "--train_steps", "10", f"tokenizer.source={GPT2}",
-            "model.vocab_size=50257", "data.validation_fraction=0.01", run=run[-3:],
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout
-        evaluations = [
-            (e["val_loss"], e["val_bits_per_byte"]) for e in events(tmp_path, "eval", run[-3:])
-        ]
-        found.append((losses(tmp_path, run[-3:]), evaluations))
-    assert found[0] == found[1] and len(found[0][0]) == 10
-    words = ["--checkpoint", "bin/checkpoints/latest", "--json"]
-    done = call(tmp_path, [*command("evaluate.py")[:2], *words])
-    assert done.returncode == 0, done.stdout
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert result["loss"] == pytest.approx(found[0][1][-1][0], abs=1e-6)
