@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING, Any
 from smollm import atomic
 from smollm.data.hashes import key
 from smollm.data.progress import Log
-from smollm.data.remote import FIRST_WAITS, HUB, RemoteFile, described, system_of, tried
+from smollm.data.remote import (
+    FIRST_WAITS,
+    HUB,
+    RemoteFile,
+    described,
+    is_missing,
+    system_of,
+    tried,
+)
 from smollm.errors import InputError
 
 if TYPE_CHECKING:
@@ -102,8 +110,10 @@ def _ask(entry: str, is_text: Callable[[str], bool], commit: str | None) -> Foun
             return system.glob(pattern, detail=True)
         try:
             info = system.info(pattern)
-        except FileNotFoundError:
-            return {}
+        except FileNotFoundError as error:
+            if is_missing(error):
+                return {}
+            raise
         if info["type"] != "directory":
             return {pattern: info}
         every = system.find(pattern, detail=True)

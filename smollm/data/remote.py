@@ -249,19 +249,30 @@ def _status(error: BaseException) -> int | None:
     return None
 
 
+def is_missing(error: BaseException) -> bool:
+    """Whether an error says that a file is not there, and not that nobody could be asked for it.
+
+    fsspec's web servers raise FileNotFoundError for both.
+    """
+    if _status(error) is not None:
+        return _status(error) in (404, 410)
+    return isinstance(error, FileNotFoundError) and error.__cause__ is None
+
+
 def _is_final(error: BaseException) -> bool:
     """Whether the same question would get the same answer."""
     status = _status(error)
     if status is not None:
         return 400 <= status < 500 and status not in (408, 425, 429)
-    kinds = (FileNotFoundError, PermissionError, IsADirectoryError, ValueError, NotImplementedError)
+    kinds = (PermissionError, IsADirectoryError, ValueError, NotImplementedError)
     is_offline = any(type(cause).__name__ == "OfflineModeIsEnabled" for cause in _causes(error))
-    return is_offline or isinstance(error, kinds)
+    return is_offline or is_missing(error) or isinstance(error, kinds)
 
 
 def _refusal(url: str, error: BaseException) -> str:
     """What an error means, and what to do."""
     names = {type(cause).__name__ for cause in _causes(error)}
+    error = _causes(error)[-1]
     is_hub, said = url.startswith(HUB), first_line(error)[:200]
     if is_hub and isinstance(error, (ValueError, NotImplementedError)):
         return f"is not hf://datasets/OWNER/NAME/PATTERN ({said})"
@@ -279,7 +290,7 @@ def _refusal(url: str, error: BaseException) -> str:
         )
     if isinstance(error, PermissionError) or _status(error) in (401, 403):
         return f"may not be read ({said}); log in with the tool of this service, or download it"
-    if isinstance(error, FileNotFoundError) or _status(error) in (404, 410):
+    if is_missing(error):
         return "is not there (any more); mind the spelling"
     return (
         f"cannot be read ({type(error).__name__}: {said}); no network? Start again when there is "
