@@ -239,7 +239,10 @@ def test_train_sh_through_a_link_with_paths_of_the_caller(tmp_path: Path) -> Non
     words = ["./go", "--config=tiny.yaml", "--save_dir=run/checkpoints", "--log_dir=run/logs"]
     words += ["data.cache_dir=mine", "training.train_steps=2"]
     refused = call(tmp_path, [*words, "--input_file", "s3://bucket/a.txt"], NO_INSTALL="1")
-    assert refused.returncode == 3 and "error: s3://bucket/a.txt: is a URL" in refused.stdout
+    assert (
+        refused.returncode == 3
+        and "s3://bucket/a.txt: s3:// needs the package s3fs" in refused.stdout
+    )
     # There is a directory `docs` in the project, and none here: owner/name of the Hub.
     named = [*words, "--init_from", "docs/model"]
     unknown = call(tmp_path, named, NO_INSTALL="1", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))

@@ -104,19 +104,21 @@ def _ask(entry: str, is_text: Callable[[str], bool], commit: str | None) -> Foun
     """What `find` gives, from the server."""
     pinned, revision = _pinned(entry, commit) if entry.startswith(HUB) else (entry, None)
     system, pattern = system_of(pinned)
+    # Older huggingface_hub asks for the last commit of each file unless it is told not to.
+    plain = {"expand_info": False} if entry.startswith(HUB) else {}
 
     def ask() -> dict[str, dict[str, Any]]:
         if _has_magic(pattern):
-            return system.glob(pattern, detail=True)
+            return system.glob(pattern, detail=True, **plain)
         try:
-            info = system.info(pattern)
+            info = system.info(pattern, **plain)
         except FileNotFoundError as error:
             if is_missing(error):
                 return {}
             raise
         if info["type"] != "directory":
             return {pattern: info}
-        every = system.find(pattern, detail=True)
+        every = system.find(pattern, detail=True, **plain)
         return {name: about for name, about in every.items() if is_text(name)}
 
     infos = [info for _, info in sorted(tried(ask, entry, FIRST_WAITS).items())]

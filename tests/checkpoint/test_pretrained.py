@@ -3,20 +3,18 @@ refused."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import shutil
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from data_helpers import held_out, prepare, tokens_of
 from helpers import ROOT, call, digest, events, made_once, step_directory, train, write_tiny
+from hub_helpers import serving
 from pretrained_helpers import STOP, TEMPLATE, loss_of, write_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
@@ -384,54 +382,6 @@ def test_a_key_that_is_missing_has_the_value_of_transformers(family: str) -> Non
 # --- the Hub -------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def hub(repositories: dict[str, Path]) -> Iterator[tuple[str, list[str]]]:
-    """A server that answers as the Hub does: its address, and the files that were asked for."""
-    asked: list[str] = []
-    commit = "0123456789abcdef0123456789abcdef01234567"
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            parts = self.path.split("?")[0].strip("/").split("/")
-            repository = "/".join(parts[2:4] if parts[0] == "api" else parts[:2])
-            files = repositories.get(repository)
-            if files is None:
-                return self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
-            if parts[0] == "api":
-                tree = [
-                    {"type": "file", "path": p.name, "size": p.stat().st_size, "oid": p.name}
-                    for p in sorted(files.iterdir())
-                ]
-                names = [{"rfilename": entry["path"]} for entry in tree]
-                info = {"id": repository, "sha": commit, "siblings": names}
-                return self.answer(200, json.dumps(tree if "tree" in parts else info).encode(), {})
-            content = (files / parts[-1]).read_bytes()
-            asked.append(parts[-1])
-            tag = {"ETag": f'"{parts[-1]}"', "X-Repo-Commit": commit}
-            return self.answer(200, content, tag)
-
-        do_HEAD = do_GET  # noqa: N815 (the library's name)
-
-        def answer(self, code: int, content: bytes, headers: dict[str, str]) -> None:
-            self.send_response(code)
-            for name, value in {**headers, "Content-Length": str(len(content))}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(content)
-
-        def log_message(self, *arguments) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", asked
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
 def test_a_model_of_the_hub(model: Path, tmp_path: Path) -> None:
     """By owner/name: safetensors, JSON and tokenizer files only; the second time also without a
     network. `tokenizer.source` takes such a name too. One that is not there is named."""
@@ -441,8 +391,8 @@ def test_a_model_of_the_hub(model: Path, tmp_path: Path) -> None:
         (remote / name).write_bytes(b"no")
     words = ["--init_from", "some-owner/some.model", "--dry_run", FP32]
     (tmp_path / "empty").mkdir()
-    with hub({"some-owner/some.model": remote}) as (address, asked):
-        there = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "empty"), "NO_PROXY": "*"}
+    with serving({"some-owner/some.model": remote}) as hub:
+        asked, there = hub.asked, {**hub.environment, "HF_HOME": str(tmp_path / "empty")}
         wrong = train(tmp_path, *words, "training.batch_size=0", **there)
         assert wrong.returncode == 2 and set(asked) == {"config.json"}, wrong.stdout
         asked.clear()

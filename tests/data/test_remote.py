@@ -91,7 +91,7 @@ def test_the_same_losses_from_the_hub_from_shards_and_from_a_text(tmp_path: Path
         for name, entry in inputs.items():
             done = run(
                 tmp_path, hub, "--input_file", entry, "--train_steps", "10",
-                f"tokenizer.source={source}", "model.vocab_size=50257",
+                f"tokenizer.source={source}", "model.vocab_size=50257", "training.save_steps=10",
                 "data.validation_fraction=0.01", name=name,
             )  # fmt: skip
             assert done.returncode == 0, done.stdout

@@ -388,7 +388,7 @@ BAD_INPUT = {
     "twice": ("in", ["in/b.txt: is named twice (also as in/a.txt)"]),
     "FIFO": ("in/a.txt", ["in/a.txt: is not a regular file"]),
     "FIFO in a folder": ("in", ["in: holds no file to train on", "not regular files (a.txt)"]),
-    "URL": ("https://a.b/c.txt", ["https://a.b/c.txt: is a URL; download it"]),
+    "URL": ("foo://a.b/c.txt", ["foo://a.b/c.txt: Protocol not known: foo; name a file"]),
     "UTF-8": ("in", ["in/part-3.jsonl: line 7 is not UTF-8", "data.max_bad_rows"]),
     "array": ("in/a.json", ["in/a.json: is JSON, but not one object a line", "jq -c"]),
     "tar": ("in/a.tar.gz", ["in/a.tar.gz: is a tar archive; unpack it"]),
