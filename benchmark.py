@@ -47,7 +47,6 @@ if __name__ == "__main__":  # PYTHONSAFEPATH leaves the script's folder out
 
 from smollm import cli
 from smollm.config import Config, to_dict
-from smollm.data import files
 from smollm.errors import ConfigError, UserError
 from smollm.peers import ALLOCATOR, side_environment
 from smollm.signals import StopSignals
@@ -309,6 +308,8 @@ def _check(arguments: argparse.Namespace, config: Config) -> None:
             "training.optimizer=adamw, or leave --peer out"
         )
     if "tokenize" in arguments.only:
+        from smollm.data import files  # what it needs may be missing: `execute` says so
+
         sources = files.find(config.data.input_files, Path(config.data.cache_dir), print)
         given = [path for source in sources for path in source.files]
         plain = len(given) == 1 and str(given[0]) == config.data.input_files[0]

@@ -118,8 +118,8 @@ def add_input_file(parser: ArgumentParser) -> None:
     """Add the flag that names texts."""
     parser.add_argument(
         "--input_file", type=source, action="append", metavar="FILE",
-        help="a text, JSON lines, Parquet or CSV file, a folder or a quoted glob of such; may be "
-        "given several times (data.input_files)",
+        help="a text, JSON lines, Parquet, CSV or token file, a folder or a quoted glob of such, "
+        "or a URL (hf://datasets/...); may be given several times (data.input_files)",
     )  # fmt: skip
 
 

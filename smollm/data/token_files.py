@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -51,7 +50,7 @@ def count(
     entries, found = size(tokenizer), {}
     with Progress("counting tokens", sum(path.stat().st_size for path in paths), log) as progress:
         for path, sha256 in paths.items():
-            tokens, memory = open_tokens(path), cache / f"counts-{key(sha256, end)}.json"
+            tokens, memory = stored(path), cache / f"counts-{key(sha256, end)}.json"
             known = _read(memory)
             if known is None or known.tokens != len(tokens):
                 known = _count(tokens, end, progress)
@@ -64,6 +63,11 @@ def count(
     return found
 
 
+def stored(path: Path) -> Tokens:
+    """The tokens of one file, as they stand there."""
+    return Tokens([(path, 0, len(open_tokens(path)))])
+
+
 def _read(memory: Path) -> Counts | None:
     """What was found before; None where nothing was, or it cannot be read."""
     try:
@@ -72,14 +76,16 @@ def _read(memory: Path) -> Counts | None:
         return None
 
 
-def _blocks(tokens: Any, first: int = 0, last: int | None = None) -> Iterator[tuple[int, Any]]:
+def _blocks(
+    tokens: Tokens, first: int = 0, last: int | None = None
+) -> Iterator[tuple[int, np.ndarray]]:
     """The tokens in blocks, each with its place."""
     last = len(tokens) if last is None else last
     for start in range(first, last, BLOCK):
         yield start, tokens[start : min(start + BLOCK, last)]
 
 
-def _count(tokens: np.ndarray, end: int, progress: Progress) -> Counts:
+def _count(tokens: Tokens, end: int, progress: Progress) -> Counts:
     ends = highest = 0
     for start, block in _blocks(tokens):
         ends += int(np.count_nonzero(block == end))
@@ -88,7 +94,7 @@ def _count(tokens: np.ndarray, end: int, progress: Progress) -> Counts:
     return Counts(len(tokens), ends, highest)
 
 
-def _refuse(path: Path, tokens: np.ndarray, entries: int) -> None:
+def _refuse(path: Path, tokens: Tokens, entries: int) -> None:
     """Raise InputError about the first id that the tokenizer does not have."""
     for start, block in _blocks(tokens):
         beyond = np.flatnonzero(block >= entries)
@@ -107,11 +113,10 @@ def stream(files: Sequence[Path], end: int) -> Tokens:
     Where it stands before each, the very first one is read last: so the documents are, token for
     token, what they are when their text is tokenized here.
     """
-    parts = [(path, 0, len(open_tokens(path))) for path in files]
-    path, _, tokens = parts[0]
-    if tokens and int(open_tokens(path)[0]) == end:
-        parts[0] = (path, 1, tokens)
-        parts.append((path, 0, 1))
+    parts = [part for path in files for part in stored(path).parts]
+    path, _, last = parts[0]
+    if int(stored(path)[:1][0]) == end:
+        parts = [(path, 1, last), *parts[1:], (path, 0, 1)]
     return Tokens(parts)
 
 
@@ -151,6 +156,6 @@ def text_bytes(path: Path, first: int, last: int, tokenizer: Tokenizer) -> int:
 
     A character whose tokens are in two of the runs that are decoded is miscounted by a few bytes.
     """
-    tokens = open_tokens(path)
+    tokens = stored(path)
     runs = (tokens[at : min(at + DECODED, last)] for at in range(first, last, DECODED))
     return sum(len(tokenizer.decode(run.tolist()).encode()) for run in runs)

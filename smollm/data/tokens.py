@@ -1,8 +1,11 @@
 """Token files as arrays: those of the cache, and the shards that other tools made."""
 
 import functools
+import io
+import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -58,8 +61,25 @@ def open_tokens(path: Path) -> np.ndarray:
     return np.memmap(path, "<u2", "r", offset=HEADER)
 
 
+class _Opened(NamedTuple):
+    """A token file that windows are read from."""
+
+    file: io.FileIO  # closed when nothing refers to it
+    dtype: np.dtype
+    offset: int  # bytes, of the first token
+
+
+def _opened(path: Path) -> _Opened:
+    tokens = open_tokens(path)
+    return _Opened(open(path, "rb", buffering=0), tokens.dtype, tokens.offset)
+
+
 class Tokens:
-    """Tokens of several files as one array, (N,), memory-mapped; slices of it are copies.
+    """Tokens of several files as one array, (N,); slices of it are read from the disk.
+
+    They are not read through a memory map: where a file is not in memory yet, each fault reads far
+    more than a window, in a place that is not asked for again soon, and the end of a file that was
+    cut meanwhile would end the process (SIGBUS).
 
     Args:
         parts: the path of each file, with the first and the last + 1 token of it.
@@ -69,7 +89,7 @@ class Tokens:
         self.parts = [part for part in parts if part[2] > part[1]]
         lengths = [stop - start for _, start, stop in self.parts]
         self.ends = np.cumsum(lengths, dtype=np.int64) if lengths else np.zeros(0, np.int64)
-        self._open = functools.lru_cache(maxsize=OPEN)(open_tokens)
+        self._open = functools.lru_cache(maxsize=OPEN)(_opened)
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
@@ -84,9 +104,31 @@ class Tokens:
             path, start, stop = self.parts[number]
             begin = start + first - int(self.ends[number]) + (stop - start)
             count = min(last - first, stop - begin)
-            found.append(self._open(path)[begin : begin + count])
+            found.append(self._read(path, begin, count))
             first, number = first + count, number + 1
         return np.concatenate(found) if found else np.zeros(0, np.uint16)
+
+    def _read(self, path: Path, begin: int, count: int) -> np.ndarray:
+        """Tokens of one file.
+
+        Raises:
+            InputError: the disk does not deliver them.
+        """
+        try:
+            file, dtype, offset = self._open(path)
+            tokens = np.empty(count, dtype)
+            content, done = memoryview(tokens).cast("B"), 0
+            while done < len(content):
+                place = offset + begin * dtype.itemsize + done
+                more = os.preadv(file.fileno(), [content[done:]], place)
+                if not more:
+                    raise InputError(f"{path}: was cut short while it was in use; make it again")
+                done += more
+        except OSError as error:
+            raise InputError(
+                f"{path}: {error.strerror}; when it can be read, the same command goes on"
+            ) from error
+        return tokens
 
     def part(self, first: int, last: int) -> "Tokens":
         """The tokens from `first` to before `last`."""

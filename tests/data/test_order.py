@@ -12,6 +12,7 @@ import pytest
 from smollm.data import order
 from smollm.data.batches import TokenDataset
 from smollm.data.order import KeyedPermutation
+from smollm.data.tokens import Tokens, open_tokens
 
 
 def test_each_window_once_an_epoch_whatever_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +76,7 @@ def test_100_billion_tokens_need_no_memory(tmp_path: Path) -> None:
             pytest.skip(f"no sparse file of 200 GB here: {error}")
         file.seek(2 * (count - 1))
         file.write(b"\7\0")
-    tokens = np.memmap(path, np.uint16, "r")
+    tokens = Tokens([(path, 0, len(open_tokens(path)))])
     tracemalloc.start()
     dataset = TokenDataset([tokens], 2048, 192, seed=42)
     shapes = [dataset.batch(step)[0].shape for step in (1, 10**6)]

@@ -13,7 +13,6 @@ from tokenizers import Tokenizer
 
 from smollm.data import shards, token_files
 from smollm.data.documents import SEPARATOR
-from smollm.data.tokens import Tokens
 from smollm.errors import ConfigError, InputError
 
 
@@ -94,7 +93,7 @@ def test_the_held_out_part_of_tokens() -> None:
     for _ in range(300):
         ids = np.array([rng.choice([0] + [7] * 40) for _ in range(rng.randint(20, 600))], np.uint16)
         fraction = rng.choice([0.05, 0.1, 0.3])
-        found = token_files.held_out_offset(_Array(ids), fraction, end=0)
+        found = token_files.held_out_offset(ids, fraction, end=0)
         wanted = len(ids) * (1 - fraction)
         boundaries = [
             at for at in (np.flatnonzero(ids == 0) + 1).tolist()
@@ -105,21 +104,8 @@ def test_the_held_out_part_of_tokens() -> None:
             assert found in boundaries
         else:
             assert found == int(wanted)
-    assert token_files.held_out_offset(_Array(ids), 0.0, 0) == len(ids)
-    assert token_files.held_out_offset(_Array(ids), 1.0, 0) == 0
-
-
-class _Array(Tokens):
-    """Tokens of an array."""
-
-    def __init__(self, ids: np.ndarray) -> None:
-        self.ids = ids
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, wanted: slice) -> np.ndarray:
-        return self.ids[wanted]
+    assert token_files.held_out_offset(ids, 0.0, 0) == len(ids)
+    assert token_files.held_out_offset(ids, 1.0, 0) == 0
 
 
 def test_a_validation_file_of_tokens(tmp_path, settings, small_tokenizer):
@@ -172,6 +158,17 @@ def test_files_without_a_header_that_cannot_be_used(tmp_path, settings):
     packed = tmp_path / "b/a.bin.gz"
     packed.write_bytes(gzip.compress(b"\5\0" * 100))
     assert "is compressed; tokens are used in place" in _refused(tmp_path, settings, packed)
+
+
+def test_a_file_that_is_cut_while_a_run_uses_it(tmp_path, settings):
+    """An error that names it, where a memory map would end the process."""
+    path = write_llm_c(tmp_path / "a.bin", GOOD)
+    corpus = prepare(settings(), path)
+    assert corpus.train[:3].tolist() == GOOD[:3]
+    path.write_bytes(path.read_bytes()[:-80])
+    assert corpus.train[:3].tolist() == GOOD[:3]
+    with pytest.raises(InputError, match=r"a\.bin: was cut short while it was in use"):
+        corpus.train[:]
 
 
 def test_kinds_of_files_in_a_folder(tmp_path, settings):
