@@ -308,13 +308,13 @@ def _check(arguments: argparse.Namespace, config: Config) -> None:
             "training.optimizer=adamw, or leave --peer out"
         )
     if "tokenize" in arguments.only:
-        from smollm.data import files  # what it needs may be missing: `execute` says so
+        from smollm.data import files, formats  # what it needs may be missing: `execute` says so
 
         sources = files.find(config.data.input_files, Path(config.data.cache_dir), print)
         given = [path for source in sources for path in source.files]
         plain = len(given) == 1 and str(given[0]) == config.data.input_files[0]
         plain = plain and isinstance(given[0], Path) and not sources[0].is_tokens
-        if not plain or files.is_compressed(given[0]) or files.kind_of(given[0]) != "text":
+        if not plain or formats.is_compressed(given[0]) or formats.kind_of(given[0]) != "text":
             raise ConfigError("--input_file: copies of one text file are tokenized; name one")
     if arguments.json and arguments.json.is_dir():
         raise ConfigError(f"--json {arguments.json}: is a directory; name a file")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from smollm.data import documents
 from smollm.data.documents import SEPARATOR, Piece
-from smollm.data.files import BLOCK, decompressed, is_compressed, reading
+from smollm.data.formats import BLOCK, decompressed, is_compressed, reading
 from smollm.data.hashes import Identity, identity
 from smollm.data.remote import AnyFile
 from smollm.errors import InputError, first_line, printable
@@ -54,7 +54,7 @@ class Reader:
 
     Args:
         identity: of the file when it was hashed.
-        kind: of the file, as `files.kind_of` says.
+        kind: of the file, as `formats.kind_of` says.
         text_key: the key or column of the text in JSON, CSV and Parquet.
         max_bad_rows: how many rows without a text may be left out.
         report: takes the bytes of the file that were read so far.

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from smollm import atomic
 from smollm.config import Config
-from smollm.data import corpus, files, learning, parallel, shards, token_files, tokenizer
+from smollm.data import corpus, files, formats, learning, parallel, shards, token_files, tokenizer
 from smollm.data.corpus import Corpus, HashedFile, check_length
 from smollm.data.documents import SEPARATOR
 from smollm.data.files import Source
@@ -118,11 +118,11 @@ def _hash(sources: list[Source], hashes: Hashes, log: Log) -> dict[AnyFile, Hash
         if isinstance(path, RemoteFile):
             hashed[path] = HashedFile(path.identity(), path.content)
             continue
-        with files.reading(path):
+        with formats.reading(path):
             identities[path] = identity(path)
     with Progress("reading", sum(file.size for file in identities.values()), log) as progress:
         for path, file in identities.items():
-            with files.reading(path):
+            with formats.reading(path):
                 hashed[path] = HashedFile(file, hashes.sha256(path, file, progress.update))
             progress.file_done(file.size)
     hashes.save()
@@ -130,7 +130,7 @@ def _hash(sources: list[Source], hashes: Hashes, log: Log) -> dict[AnyFile, Hash
 
 
 def _reader(config: Config, path: AnyFile, hashed: dict[AnyFile, HashedFile]) -> Reader:
-    data, kind = config.data, files.kind_of(path)
+    data, kind = config.data, formats.kind_of(path)
     return Reader(path, hashed[path].identity, kind, data.text_key, data.max_bad_rows)
 
 
@@ -161,7 +161,7 @@ def _learned_tokenizer(
     data, fraction = config.data, config.data.validation_fraction
     if data.validation_file:
         sources, fraction = sources[:-1], 0.0
-    texts = [[(hashed[p].sha256, files.ending(p)) for p in source.files] for source in sources]
+    texts = [[(hashed[p].sha256, formats.ending(p)) for p in source.files] for source in sources]
     name = key(texts, data.text_key, config.model.vocab_size, fraction, shards.FORMAT)
     cache = Path(data.cache_dir)
     directory = cache / f"tokenizer-{name}"
@@ -200,7 +200,7 @@ def _tokens_of_files(
     cache = Path(config.data.cache_dir)
     made_with = (shards.FORMAT, config.data.text_key, key(encoder.content), *encoder.unusual_end)
     directories = {
-        path: cache / f"tokens-{key(file.sha256, files.ending(path), *made_with)}"
+        path: cache / f"tokens-{key(file.sha256, formats.ending(path), *made_with)}"
         for path, file in hashed.items()
     }
     known = {directory: shards.read(directory) for directory in directories.values()}

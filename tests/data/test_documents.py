@@ -29,7 +29,7 @@ from data_helpers import (
 from helpers import in_child
 from tokenizers import Tokenizer
 
-from smollm.data import documents, files, hashes, progress, sources
+from smollm.data import documents, files, formats, hashes, progress, sources
 from smollm.data.documents import SEPARATOR
 from smollm.errors import InputError
 
@@ -136,7 +136,7 @@ def test_unreadable_text_is_refused():
 
         def attempt() -> str:
             try:
-                files.kind_of(files.find([str(path)], directory, print)[0].files[0])
+                formats.kind_of(files.find([str(path)], directory, print)[0].files[0])
                 return "accepted"
             except InputError as error:
                 return str(error)

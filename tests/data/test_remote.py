@@ -18,7 +18,7 @@ from pyarrow import parquet
 from test_token_files import encoded, write_llm_c
 from tokenizers import Tokenizer
 
-from smollm.data import files, listing, remote
+from smollm.data import files, formats, listing, remote
 from smollm.data.documents import SEPARATOR
 from smollm.data.remote import RemoteFile
 from smollm.data.sources import Reader
@@ -112,7 +112,7 @@ def reader(url: str, cache: Path) -> Reader:
     """Of a file that is found anew."""
     shutil.rmtree(cache, ignore_errors=True)
     (file,) = files.find([url], cache, print)[0].files
-    return Reader(file, file.identity(), files.kind_of(file), "text", 0)
+    return Reader(file, file.identity(), formats.kind_of(file), "text", 0)
 
 
 def test_an_interruption_of_the_hub(tmp_path: Path, hub: Hub) -> None:

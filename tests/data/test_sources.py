@@ -23,7 +23,7 @@ from data_helpers import BODY, held_out, prepare, reference_tokens, tokens_of
 from helpers import ROOT, call, events, losses, train, write_tiny
 from pyarrow import parquet
 
-from smollm.data import files, hashes, sources
+from smollm.data import formats, hashes, sources
 from smollm.data.documents import SEPARATOR
 from smollm.errors import InputError
 
@@ -543,10 +543,10 @@ def test_a_zstd_file_of_several_frames_is_read_whole(tmp_path: Path) -> None:
     frames = b"".join(zstandard.compress(part) for part in parts)
     path.write_bytes(b"\x50\x2a\x4d\x18\4\0\0\0abcd" + frames)
     with open(path, "rb") as raw:
-        assert files.decompressed(raw).read() == b"".join(parts)
+        assert formats.decompressed(raw).read() == b"".join(parts)
     path.write_bytes(zstandard.compress(bytes(300_000_000)))
     with open(path, "rb") as raw:
-        stream, size = files.decompressed(raw), 0
+        stream, size = formats.decompressed(raw), 0
         while block := stream.read(1 << 20):
             size += len(block)
     assert size == 300_000_000
