@@ -43,7 +43,8 @@ def describe(corpus: Corpus, config: Config) -> list[str]:
         ),
         (
             "epochs",
-            f"{dataset.epoch(steps):,.2f} in {steps:,} steps of {config.tokens_per_step:,} tokens",
+            f"{max(dataset.epochs(steps)):,.2f} in {steps:,} steps of {config.tokens_per_step:,} "
+            f"tokens{' (the source seen most often)' if len(dataset.rings) > 1 else ''}",
         ),
         ("cache", data.cache_dir),
     ]

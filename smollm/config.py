@@ -254,7 +254,7 @@ def shares(weights: Sequence[float]) -> tuple[int, ...]:
     """Weights as the smallest whole numbers of the same proportions: (0.7, 0.3) is (7, 3)."""
     exact = [Fraction(repr(float(weight))) for weight in weights]  # as it was written
     whole = [int(each * math.lcm(*(each.denominator for each in exact))) for each in exact]
-    return tuple(each // math.gcd(*whole) for each in whole)
+    return tuple(each // max(1, math.gcd(*whole)) for each in whole)
 
 
 def _weight_conflicts(data: DataConfig) -> Iterator[str]:
@@ -264,17 +264,20 @@ def _weight_conflicts(data: DataConfig) -> Iterator[str]:
         return
     if len(weights) != entries:
         files = "1 entry" if entries == 1 else f"{entries} entries"
+        numbers = "1 number" if len(weights) == 1 else f"{len(weights)} numbers"
         yield (
-            f"data.weights {weights} are {len(weights)}, and data.input_files (--input_file) has "
-            f"{files}; give a weight for each, or none at all: data.weights=[]"
+            f"data.weights has {numbers}, and data.input_files (--input_file) has {files}; give "
+            "one for each, or data.weights=[] for none"
         )
     elif not any(weights):
         yield f"data.weights {weights}: all are 0; one at least must be larger"
     elif (period := sum(shares(weights))) > LONGEST_PERIOD:
-        rounded = [round(weight / sum(weights), 4) for weight in weights]
+        total = sum(weights)
+        rounded = [max(round(each / total, 4), 1e-4) if each else 0.0 for each in weights]
         yield (
-            f"data.weights {weights}: their proportions are exact after {period:,} windows only, "
-            f"more than {LONGEST_PERIOD:,}; round them, such as {rounded}"
+            f"data.weights {weights}: as whole numbers of the same proportions they add up to "
+            f"{period:,}, and at most {LONGEST_PERIOD:,} is allowed; use fewer digits, such as "
+            f"{rounded}"
         )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from smollm import atomic
 from smollm.checkpoint import store
-from smollm.config import Config, FixedModel, differences, replace_training
+from smollm.config import Config, FixedModel, differences, replace_training, shares
 from smollm.config_reader import from_saved
 from smollm.errors import CheckpointError, ConfigError
 
@@ -232,6 +232,8 @@ def check_compatible(
             "windows in another order: each source continues at the same fraction of its epoch, "
             "and some of its tokens are seen twice or not at all"
         )
+    elif shares(old.data.weights) != shares(config.data.weights):
+        lines.append("the new weights hold from here on; each source goes on where it was")
     elif old.data.sequence_length != config.data.sequence_length:
         lines.append(
             "windows of another length: the epoch continues at the same fraction, and some of its "

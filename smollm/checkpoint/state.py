@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from smollm import distributed, fault_injection, randomness
 from smollm.checkpoint import resume
 from smollm.checkpoint.store import Checkpoint
-from smollm.config import Config, DataConfig
+from smollm.config import Config, DataConfig, shares
 from smollm.data.batches import Place, Position
 from smollm.data.corpus import Corpus
 from smollm.errors import CheckpointError, first_line
@@ -190,14 +190,15 @@ def data_position(config: Config, corpus: Corpus, saved: Checkpoint) -> Position
         )
     if bool(old.data.weights) != bool(config.data.weights):
         consumed = sum(p.epoch * size + p.windows for p, size in zip(places, before, strict=True))
-        whole = Place(*divmod(consumed, sum(before)))
-        places, before = (whole,) * len(now), [sum(before)] * len(now)
+        whole, windows = Place(*divmod(consumed, sum(before))), sum(before)
+        places, before = (whole,) * len(now), [windows] * len(now)
     places = tuple(
-        Place(place.epoch, place.windows if size == old_size else place.windows * size // old_size)
-        for place, old_size, size in zip(places, before, now, strict=True)
+        # A source of weight 0 may be shorter than a window.
+        Place(place.epoch, place.windows if n == was else place.windows * n // max(1, was))
+        for place, was, n in zip(places, before, now, strict=True)
     )
-    same = old.data.weights == config.data.weights
-    return Position(step, places, found.scheduled if same else 0)
+    is_same_mixture = shares(old.data.weights) == shares(config.data.weights)
+    return Position(step, places, found.scheduled if is_same_mixture else 0)
 
 
 def _epoch_windows(corpus: Corpus, data: DataConfig) -> list[int]:

@@ -142,9 +142,11 @@ class TokenDataset:
         return Position(step, tuple(places), scheduled)
 
     def epoch(self, step: int) -> float:
-        """Epochs done after `step` optimizer steps: over the windows of all sources together."""
-        windows = sum(ring.windows_per_epoch for ring in self.rings)
-        return sum(self._consumed(self._scheduled(step))) / windows
+        """Epochs done after `step` optimizer steps: over all sources that have a weight."""
+        consumed, used = self._consumed(self._scheduled(step)), self.schedule.shares
+        done = sum(n for n, share in zip(consumed, used, strict=True) if share)
+        rings = zip(self.rings, used, strict=True)
+        return done / sum(ring.windows_per_epoch for ring, share in rings if share)
 
     def epochs(self, step: int) -> list[float]:
         """Epochs of each source done after `step` optimizer steps."""
@@ -159,6 +161,8 @@ class TokenDataset:
         period = self.schedule.period
         return [
             f"{share / period:.2%} of the windows, {epochs:,.2f} epochs"
+            if share
+            else "weight 0: evaluated only"
             for share, epochs in zip(self.schedule.shares, self.epochs(step), strict=True)
         ]
 

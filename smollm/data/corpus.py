@@ -71,9 +71,11 @@ class Corpus:
             mixed: what a mixture makes of each source, if there is one.
         """
         rows = [("data", self.conservation())]
-        for number, part in enumerate(self.parts if len(self.parts) > 1 else ()):
+        commits = self.fingerprint.get("commits", {})
+        for number, part in enumerate(self.parts if len(self.parts) > 1 or commits else ()):
             train, validation = len(part.train), len(part.validation)
-            text = f"{part.name}: {train:,} train + {validation:,} validation tokens"
+            at = f" (commit {commits[part.name][:12]})" if part.name in commits else ""
+            text = f"{part.name}{at}: {train:,} train + {validation:,} validation tokens"
             more = f"; {mixed[number]}" if number < len(mixed) else ""
             rows.append((f"  {number}", text + more))
         return rows
@@ -159,7 +161,7 @@ def _text_fingerprint(sources: list[Source], hashed: dict[AnyFile, HashedFile]) 
     With the commit of each source that lies on the Hub.
     """
     texts = [[hashed[path].sha256 for path in source.files] for source in sources]
-    commits = {source.name: source.revision for source in sources if source.revision}
+    commits = {source.name: source.commit for source in sources if source.commit}
     return {
         **({"commits": commits} if commits else {}),
         "text_sha256": texts[0][0] if len(hashed) == 1 else key(texts),
@@ -175,7 +177,8 @@ def check_length(corpus: Corpus, config: Config) -> None:
             f"{given}: has {len(corpus.train):,} training tokens, fewer than one window of "
             f"data.sequence_length + 1 = {least:,}; use a longer text or a shorter window"
         )
-    for part, weight in zip(corpus.parts, config.data.weights, strict=False):
+    weights = config.data.weights if given else ()
+    for part, weight in zip(corpus.parts, weights, strict=False):  # data.validation_file has none
         if weight and len(part.train) < least:
             raise InputError(
                 f"{part.name}: has {len(part.train):,} training tokens, fewer than one window of "

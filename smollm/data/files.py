@@ -6,6 +6,8 @@ An entry of `data.input_files` is a file, a folder, a glob, or a URL of these.
 import codecs
 import glob
 import os
+import re
+import shlex
 import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from smollm.data.formats import (
     reading,
 )
 from smollm.data.progress import Log
-from smollm.data.remote import AnyFile
+from smollm.data.remote import AnyFile, RemoteFile
 from smollm.errors import InputError
 
 _FORMATS = f"{', '.join(ENDINGS)}; the text ones also with {', '.join(COMPRESSED)}; or tokens"
@@ -36,7 +38,7 @@ class Source:
     name: str  # as it was given
     files: tuple[AnyFile, ...]  # sorted
     is_tokens: bool  # whether they hold tokens already, not text
-    revision: str | None = None  # the commit, of a repository of the Hub
+    commit: str | None = None  # of a repository of the Hub
 
 
 def find(
@@ -70,7 +72,7 @@ def find(
                 raise InputError(
                     f"{path}: is named twice (also as {named[identity]}); name each file once"
                 )
-            named[identity] = str(path)
+            named[identity] = str(path) if isinstance(path, Path) else f"one of {source.name}"
     return sources
 
 
@@ -90,23 +92,35 @@ def _source(entry: str, log: Log) -> Source:
 def _remote_source(entry: str, cache: Path, commit: str | None, log: Log) -> Source:
     """The source of a URL."""
 
-    def is_text(name: str) -> bool:
-        return ending(Path(name)) in ENDINGS.keys() - {".md"}  # a README is not what a folder holds
+    def reason(name: str) -> str | None:
+        if any(part.startswith(".") for part in Path(name).parts):
+            return "hidden"
+        return None if ending(Path(name)) in ENDINGS.keys() - {".md"} else "of other kinds"
 
-    found = listing.find(entry, is_text, cache, commit, log)
+    found = listing.find(entry, reason, cache, commit, log)
     for file in found.files:
         if ending(file) == TOKENS:
-            raise InputError(
-                f"{file}: is a file of tokens, which are used in place, on a disk; download them "
-                "(of the Hub: hf download OWNER/NAME --repo-type dataset --local-dir tokens), and "
-                "name the files"
-            )
-    return Source(entry, found.files, False, found.revision)
+            raise InputError(f"{file}: token files are read from a disk only; {_download(file)}")
+    return Source(entry, found.files, False, found.commit)
+
+
+def _download(file: RemoteFile) -> str:
+    """How to have a file of the Hub, or another, on a disk."""
+    if found := re.fullmatch(r"hf://datasets/([^/]+/[^/@]+)@[^/]+/(.+)", file.url):
+        repository, path = found.groups()
+        folder = repository.partition("/")[2]
+        return (
+            f"hf download {repository} {shlex.quote(path)} --repo-type dataset --local-dir "
+            f"{folder}, then --input_file {shlex.quote(f'{folder}/{path}')}"
+        )
+    return "download it, and name the file"
 
 
 def _files(entry: str, log: Log) -> list[Path]:
     """The files of one entry, sorted."""
     path = Path(entry)
+    if (typo := re.match(r"(hf|https?|s3):?/+", entry)) and not path.exists():
+        raise InputError(f"{entry}: is no file; did you mean {typo[1]}://{entry[typo.end() :]}?")
     if not entry:
         raise InputError("data.input_files: holds an empty name; name a file, a folder or a glob")
     if path.is_dir():
@@ -167,7 +181,7 @@ def _reason(path: Path, by_glob: bool = False) -> str | None:
     if tokens.is_shard(head):
         return None
     if ending(path) == TOKENS:
-        return f"{TOKENS} without a header, which are to be named"
+        return f"{TOKENS} without a header, to be named by themselves"
     if head.startswith(b"PAR1"):
         return None
     if ending(path) == ".json":
@@ -189,10 +203,7 @@ def _select(entry: str, found: list[tuple[Path, str | None]], log: Log) -> list[
     for path, reason in found:
         if reason:
             out.setdefault(reason, []).append(path.name)
-    said = "; ".join(
-        f"{len(names)} {reason} ({names[0]}{', ...' if len(names) > 1 else ''})"
-        for reason, names in sorted(out.items())
-    )
+    said = listing.in_words(out)
     taken = [path for path, reason in found if reason is None]
     if not taken:
         why = f"left out: {said}" if said else "it is empty"
@@ -201,5 +212,5 @@ def _select(entry: str, found: list[tuple[Path, str | None]], log: Log) -> list[
             f"{_FORMATS}"
         )
     if said:
-        log(f"{entry}: {len(taken):,} files; left out: {said}")
+        log(f"{entry}: {len(taken):,} {'file' if len(taken) == 1 else 'files'}; left out: {said}")
     return taken

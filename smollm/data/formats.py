@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from smollm.data import tokens
-from smollm.data.remote import AnyFile
+from smollm.data.remote import AnyFile, opened
 from smollm.errors import InputError, first_line
 
 BLOCK = 1 << 20  # bytes read at once
+HEAD = 1 << 16  # bytes that a format is told by
 VOCABULARY = "meta.pkl"  # of nanoGPT's character-level data
 ENDINGS = {
     ".txt": "text", ".md": "text", ".jsonl": "json", ".ndjson": "json", ".csv": "csv",
@@ -55,14 +56,21 @@ def reading(path: AnyFile) -> Iterator[None]:
             "--input_file"
         ) from error
     except EOFError as error:
-        raise InputError(f"{path}: is cut short; fetch or compress it again") from error
+        raise InputError(f"{path}: is cut short; {fetch_again(path)}") from error
     except (zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise InputError(f"{path}: is damaged ({error}); fetch or compress it again") from error
+        raise InputError(f"{path}: is damaged ({error}); {fetch_again(path)}") from error
     except OSError as error:
         if error.errno is None:  # of a library: the content is wrong
             why = first_line(error)
-            raise InputError(f"{path}: is damaged ({why}); fetch or compress it again") from error
+            raise InputError(f"{path}: is damaged ({why}); {fetch_again(path)}") from error
         raise InputError(f"{path}: {error.strerror}; name a text file with --input_file") from error
+
+
+def fetch_again(path: AnyFile) -> str:
+    """What to do about a file whose content is damaged."""
+    if isinstance(path, Path):
+        return "fetch it again, or compress it anew"
+    return "leave it out by another pattern, or tell those who publish it"
 
 
 def _compression(raw: IO[bytes]) -> str | None:
@@ -129,15 +137,15 @@ class _ZstdFile(io.RawIOBase):
 def is_compressed(path: AnyFile) -> bool:
     """Whether a file is compressed as a whole (Parquet is compressed inside)."""
     if not isinstance(path, Path):
-        return path.suffixes[-1:] and path.suffixes[-1].lower() in COMPRESSED
-    with reading(path), path.open("rb") as raw:
+        return any(suffix.lower() in COMPRESSED for suffix in path.suffixes[-1:])
+    with reading(path), opened(path) as raw:
         return _compression(raw) is not None
 
 
 def head_of(path: AnyFile) -> bytes:
     """The first bytes of a file's content."""
-    with reading(path), path.open("rb") as raw:
-        return decompressed(raw).read(1 << 16)
+    with reading(path), opened(path, block=HEAD) as raw:
+        return decompressed(raw).read(HEAD)
 
 
 def is_token_file(path: Path) -> bool:
@@ -146,7 +154,7 @@ def is_token_file(path: Path) -> bool:
     Raises:
         InputError: it does, and cannot be used as it is.
     """
-    with reading(path), path.open("rb") as raw:
+    with reading(path), opened(path) as raw:
         has_header = tokens.is_shard(raw.read(4))
     if not has_header and ending(path) != TOKENS:
         return False
@@ -170,10 +178,11 @@ def kind_of(path: AnyFile) -> str:
     """
     if not isinstance(path, Path) and ending(path) in ENDINGS:
         return ENDINGS[ending(path)]
-    with reading(path), path.open("rb") as raw:
+    with reading(path), opened(path, block=HEAD) as raw:
         if raw.read(4) == b"PAR1":
             return "parquet"
-    head, name = head_of(path), ending(path)
+        raw.seek(0)
+        head, name = decompressed(raw).read(HEAD), ending(path)
     _refuse_binary(path, head)
     if name == ".parquet":
         raise InputError(f"{path}: is no Parquet file: it does not begin with PAR1; fetch it again")
@@ -192,7 +201,7 @@ def kind_of(path: AnyFile) -> str:
 def is_json_line(head: bytes) -> bool:
     """Whether a text begins with a line that is a JSON object."""
     line, newline, _ = head.lstrip(b"\xef\xbb\xbf \t\r\n").partition(b"\n")
-    if not newline and len(head) == 1 << 16:
+    if not newline and len(head) == HEAD:
         return line.startswith(b'{"')
     try:
         return isinstance(json.loads(line), dict)

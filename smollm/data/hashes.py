@@ -1,7 +1,5 @@
 """Names for what was made from something, and the hashes of files, remembered while they last."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -9,12 +7,9 @@ import time
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from smollm import atomic
-
-if TYPE_CHECKING:
-    from smollm.data.remote import AnyFile
 
 NAME = "hashes.json"  # in the cache
 SETTLED = 2_000_000_000  # ns; a file changed again within less could show the same time
@@ -33,10 +28,8 @@ class Identity(NamedTuple):
     inode: int
 
 
-def identity(path: AnyFile) -> Identity:
+def identity(path: Path) -> Identity:
     """The identity of a file as it is now."""
-    if not isinstance(path, Path):
-        return path.again().identity()
     status = os.stat(path)
     return Identity(status.st_size, status.st_mtime_ns, status.st_ino)
 

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import json
 import posixpath
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +19,7 @@ from smollm.data.progress import Log
 from smollm.data.remote import (
     FIRST_WAITS,
     HUB,
+    OF_COMMIT,
     RemoteFile,
     described,
     is_missing,
@@ -30,18 +29,17 @@ from smollm.data.remote import (
 from smollm.errors import InputError
 
 if TYPE_CHECKING:
-    import fsspec
+    pass
 
 MANY = 8  # names that an error shows
-_OF_COMMIT = re.compile(r"@[0-9a-f]{40}/")
 
 
 @dataclass(frozen=True)
-class Found:
+class Listing:
     """The files that a URL stands for."""
 
     files: tuple[RemoteFile, ...]  # sorted
-    revision: str | None  # the commit, of the Hub's
+    commit: str | None  # of the Hub's repository
 
 
 def is_url(entry: str) -> bool:
@@ -50,46 +48,63 @@ def is_url(entry: str) -> bool:
 
 
 def find(
-    entry: str, is_text: Callable[[str], bool], cache: Path, commit: str | None, log: Log
-) -> Found:
-    """The files that a URL stands for: one, those of a glob, or all texts below a folder.
+    entry: str, reason: Callable[[str], str | None], cache: Path, commit: str | None, log: Log
+) -> Listing:
+    """The files that a URL stands for: one, those of a glob, or the texts below a folder.
 
-    What was found before is in the cache, and then no network is needed.
+    What was found before is in the cache, and then no network is needed. A run that goes on at
+    another commit has a list of its own there.
 
     Args:
-        is_text: says by its name whether a file of a folder is taken.
+        reason: why a file of this name below a folder is left out; None where it is taken.
         commit: that a revision was when the run started; None for a new run.
         log: takes a line about what was found anew.
 
     Raises:
         InputError: there are none, or the server cannot be asked.
     """
-    memory = cache / f"remote-{key(entry)}.json"
-    known = _read(memory)
-    if known and commit in (None, known.revision):
-        return known
-    found = _ask(entry, is_text, commit)
-    size, at = sum(file.size for file in found.files), ""
-    if found.revision:
-        at = f", at commit {found.revision[:12]}"
+    kept = [cache / f"remote-{key(entry)}.json"]
+    kept += [cache / f"remote-{key(entry, commit)}.json"] if commit else []
+    for path in kept:
+        known = _read(path)
+        if known and commit in (None, known.commit):
+            return known
+    found, left_out = _ask(entry, reason, commit)
+    size = sum(file.size for file in found.files)
     files = "1 file" if len(found.files) == 1 else f"{len(found.files):,} files"
-    log(f"{entry}: {files}, {size / 1e6:,.1f} MB{at} (kept in {memory}; remove it to look again)")
+    at = f", commit {found.commit[:12]}" if found.commit else ""
+    log(f"{entry}: {files}, {size / 1e6:,.1f} MB{at} (kept in {kept[-1]}; remove it to look again)")
+    if left_out:
+        log(f"{entry}: left out: {left_out}")
     with contextlib.suppress(OSError):  # a cache that cannot be written: asked at each start
         cache.mkdir(parents=True, exist_ok=True)
-        files = [[file.url, file.size, file.content] for file in found.files]
-        with atomic.replacing(memory) as temporary:
-            atomic.write_json(temporary, {"revision": found.revision, "files": files})
+        rows = [[file.url, file.size, file.version] for file in found.files]
+        with atomic.replacing(kept[-1]) as temporary:
+            atomic.write_json(temporary, {"commit": found.commit, "files": rows})
     return found
 
 
-def _read(memory: Path) -> Found | None:
+def in_words(left_out: Mapping[str, Sequence[str]]) -> str:
+    """What was left out, by the reason, with an example of each."""
+    return "; ".join(
+        f"{len(names)} {reason} ({names[0]}{', ...' if len(names) > 1 else ''})"
+        for reason, names in sorted(left_out.items())
+    )
+
+
+def forget(entry: str, cache: Path) -> None:
+    """Have the server asked again, whose files have changed."""
+    (cache / f"remote-{key(entry)}.json").unlink(missing_ok=True)
+
+
+def _read(kept: Path) -> Listing | None:
     """What was found before; None where nothing was, or it cannot be read."""
     try:
-        content = json.loads(memory.read_text("utf-8"))
+        content = atomic.read_json(kept)
         files = tuple(
             RemoteFile(*map(_checked, file, (str, int, str))) for file in content["files"]
         )
-        return Found(files, content["revision"]) if files else None
+        return Listing(files, content["commit"]) if files else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
@@ -100,37 +115,54 @@ def _checked(value: Any, kind: type) -> Any:
     return value
 
 
-def _ask(entry: str, is_text: Callable[[str], bool], commit: str | None) -> Found:
-    """What `find` gives, from the server."""
-    pinned, revision = _pinned(entry, commit) if entry.startswith(HUB) else (entry, None)
-    system, pattern = system_of(pinned)
+def _ask(
+    entry: str, reason: Callable[[str], str | None], commit: str | None
+) -> tuple[Listing, str]:
+    """What `find` gives, from the server, and in words which files of a folder are left out."""
+    pinned, commit = _pinned(entry, commit) if entry.startswith(HUB) else (entry, None)
+    where = str(RemoteFile(pinned, 0, "")) if commit else entry
     # Older huggingface_hub asks for the last commit of each file unless it is told not to.
     plain = {"expand_info": False} if entry.startswith(HUB) else {}
+    left_out: dict[str, list[str]] = {}
 
     def ask() -> dict[str, dict[str, Any]]:
+        left_out.clear()
+        system, pattern = system_of(pinned)
         if _has_magic(pattern):
-            return system.glob(pattern, detail=True, **plain)
-        try:
-            info = system.info(pattern, **plain)
-        except FileNotFoundError as error:
-            if is_missing(error):
-                return {}
-            raise
-        if info["type"] != "directory":
-            return {pattern: info}
-        every = system.find(pattern, detail=True, **plain)
-        return {name: about for name, about in every.items() if is_text(name)}
+            found = system.glob(pattern, detail=True, **plain)
+        else:
+            try:
+                info = system.info(pattern, **plain)
+            except FileNotFoundError as error:
+                if is_missing(error):
+                    return {}
+                raise
+            if info["type"] != "directory":
+                return {pattern: info}
+            every = system.find(pattern, detail=True, **plain)
+            for name in every:
+                if why := reason(posixpath.relpath(name, pattern)):
+                    left_out.setdefault(why, []).append(posixpath.basename(name))
+            gone = {name for names in left_out.values() for name in names}
+            found = {n: info for n, info in every.items() if posixpath.basename(n) not in gone}
+        # The links of a web page have no sizes.
+        return {n: i if i.get("size") is not None else system.info(n) for n, i in found.items()}
 
-    infos = [info for _, info in sorted(tried(ask, entry, FIRST_WAITS).items())]
+    infos = [info for _, info in sorted(tried(ask, where, FIRST_WAITS).items())]
     infos = [info for info in infos if info["type"] == "file"]
     if not infos:
-        raise InputError(f"{entry}: matches no file{_nearest(system, pattern)}")
+        raise InputError(f"{entry}: matches no file{_nearest(pinned)}")
     protocol = entry.partition("://")[0]
     files = [described(_url(protocol, info["name"]), info) for info in infos]
+    if empty := [posixpath.basename(file.url) for file in files if not file.size]:
+        left_out["empty"] = empty
     files = [file for file in files if file.size]
     if not files:
         raise InputError(f"{entry}: is empty; it must hold the text to train on")
-    return Found(tuple(files), revision)
+    said = "; ".join(
+        f"{len(n)} {why} ({n[0]}{', ...' * (len(n) > 1)})" for why, n in left_out.items()
+    )
+    return Listing(tuple(files), commit), said
 
 
 def _has_magic(pattern: str) -> bool:
@@ -157,26 +189,29 @@ def _pinned(entry: str, commit: str | None) -> tuple[str, str | None]:
         return entry, None
     if commit is None:
         of = {"repo_type": where.repo_type, "revision": where.revision}
-        api = huggingface_hub.HfApi()
+        api = huggingface_hub.HfApi(endpoint=system.endpoint, token=system.token)
         commit = tried(lambda: api.repo_info(where.repo_id, **of), entry, FIRST_WAITS).sha
     kind = {"dataset": "datasets/", "space": "spaces/"}.get(where.repo_type, "")
     return f"{HUB}{kind}{where.repo_id}@{commit}/{where.path_in_repo}", commit
 
 
-def _nearest(system: fsspec.AbstractFileSystem, pattern: str) -> str:
+def _nearest(pinned: str) -> str:
     """The names that are there and most like a pattern's, as the end of an error."""
+    if pinned.startswith("http"):
+        return "; give the full URL of each file (a web server may list none)"
+    system, pattern = system_of(pinned)
     there: list[str] = []
     folder = posixpath.dirname(pattern)
     while _has_magic(folder):
         folder = posixpath.dirname(folder)
     with contextlib.suppress(Exception):  # this only helps to mend a pattern
-        while not there and _OF_COMMIT.search(folder + "/"):  # up to the top of the repository
+        while not there and OF_COMMIT.search(folder + "/"):  # up to the top of the repository
             with contextlib.suppress(FileNotFoundError):
                 there = [posixpath.relpath(name, folder) for name in system.find(folder)]
             folder = folder if there else posixpath.dirname(folder)
-        if not pattern.startswith("http"):
-            there = there or [posixpath.basename(name) for name in system.ls(folder, detail=False)]
+        there = there or [posixpath.basename(name) for name in system.ls(folder, detail=False)]
     near = difflib.get_close_matches(posixpath.relpath(pattern, folder or "/"), there, MANY, 0.4)
-    names = ", ".join(near or there[:MANY])
-    where = _OF_COMMIT.split(folder + "/")[-1].rstrip("/") or "the repository"
-    return f"; {where} has {names}" if names else "; mind the spelling"
+    names = ", ".join(sorted(near or there[:MANY]))
+    below = OF_COMMIT.split(folder + "/")[-1].strip("/")
+    where = f"the folder {below}" if below else "the repository"
+    return f"; {where} has: {names}" if names else "; mind the spelling"

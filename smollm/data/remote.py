@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -18,108 +19,121 @@ from urllib.parse import urlsplit
 
 from smollm.data.hashes import Identity, key
 from smollm.errors import InputError, UserError, first_line
+from smollm.hub import PREFIX as HUB
 
 if TYPE_CHECKING:  # imported where it is used: most inputs are files of this machine
     import fsspec
 
-HUB = "hf://"
-_OF_COMMIT = re.compile(r"@[0-9a-f]{40}/")
-FETCHED = 1 << 23  # bytes of a file that are asked for at once
+OF_COMMIT = re.compile(r"@([0-9a-f]{40})(?=/)")  # in a URL of the Hub
+FETCHED = 1 << 23  # bytes that are asked for at once, of a file that is read in parts
 BUFFER = 1 << 20  # bytes that are read at once
 FIRST_WAITS = (1, 2, 4)  # seconds from one try to the next, before anything was read
 WAITS = (1, 2, 4, 8, 16, 32)  # while a file is read
+HUB_WAITS = (5, 30)  # the Hub's: its library tries several times by itself
+SAID = 200  # characters of what a server says, in an error
 Result = TypeVar("Result")
 AnyFile: TypeAlias = "Path | RemoteFile"
 
 
+class ChangedOnServerError(InputError):
+    """A file is no longer what it was when it was found."""
+
+
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file behind a URL, as it was when it was found; it is used as a Path is."""
+    """A file behind a URL, as it was when it was found."""
 
     url: str
     size: int
-    content: (
-        str  # what tells this content from another: a sha256, or a hash of what the server says
-    )
+    version: str  # tells its content from another: a sha256, or a hash of what the server says
 
     def __str__(self) -> str:
-        return self.url
-
-    @property
-    def _path(self) -> Path:
-        return Path(urlsplit(self.url).path)
-
-    @property
-    def name(self) -> str:
-        """The last part of its path."""
-        return self._path.name
+        return OF_COMMIT.sub(lambda found: f"@{found[1][:12]}", self.url)
 
     @property
     def suffixes(self) -> list[str]:
-        """The endings of its name."""
-        return self._path.suffixes
+        """The endings of its name, as a Path has them."""
+        is_web = self.url.startswith("http")  # where a query may follow the name
+        return Path(urlsplit(self.url).path if is_web else self.url).suffixes
 
-    def open(self, mode: str = "rb") -> IO[bytes]:
-        """Its content as a stream that survives interruptions; see `_Stream`."""
-        if mode != "rb":
-            raise ValueError(mode)
-        return io.BufferedReader(_Stream(self), BUFFER)
-
+    @property
     def identity(self) -> Identity:
         """What changes when it is replaced."""
-        return Identity(self.size, self.content, 0)
+        return Identity(self.size, self.version, 0)
 
-    def again(self) -> RemoteFile:
-        """The file as it is now.
-
-        Raises:
-            InputError: nothing can be said of it.
-        """
-        if self.url.startswith(HUB) and _OF_COMMIT.search(self.url):  # it cannot change
-            return self
-        system, path = system_of(self.url)
+    def require_unchanged(self) -> None:
+        """Raise ChangedOnServerError if it was replaced since it was found."""
+        if OF_COMMIT.search(self.url):
+            return
 
         def ask() -> RemoteFile:
+            system, path = system_of(self.url)
             system.invalidate_cache()
             return described(self.url, system.info(path))
 
-        return tried(ask, self.url, FIRST_WAITS)
+        if tried(ask, self.url, FIRST_WAITS) != self:
+            raise ChangedOnServerError(f"{self}: was changed on its server")
 
 
 def described(url: str, info: Mapping[str, Any]) -> RemoteFile:
     """A file as the server describes it.
 
     Raises:
-        InputError: the server does not say how large it is.
+        InputError: the server does not say how large it is, or it is a page for people.
     """
     if info.get("size") is None:
         raise InputError(f"{url}: the server does not say how large it is; download it")
-    lfs = info.get("lfs")
+    file = RemoteFile(url, int(info["size"]), _version(url, info))
+    if "text/html" in str(info.get("mimetype")) and not file.suffixes:
+        raise InputError(f"{url}: is a web page; give the URL of a file of text")
+    return file
+
+
+def _version(url: str, info: Mapping[str, Any]) -> str:
+    """What the server says of a file's content: its hash, else its tag, else its time."""
+    lfs = info.get("lfs")  # of the Hub's large files
     sha256 = lfs.get("sha256") if isinstance(lfs, dict) else getattr(lfs, "sha256", None)
-    says = ("blob_id", "ETag", "etag", "Last-Modified", "LastModified", "last_modified", "mtime")
-    content = sha256 or key(url, info["size"], [str(info.get(name)) for name in says])
-    return RemoteFile(url, int(info["size"]), content)
+    if sha256:
+        return str(sha256)
+    if blob := info.get("blob_id"):  # the Hub's: Git's hash of the content
+        return key(blob)
+    tags = [str(info[name]) for name in ("ETag", "etag") if info.get(name)]
+    times = ("Last-Modified", "LastModified", "last_modified", "mtime")
+    return key(url, info["size"], tags or [str(info.get(name)) for name in times])
+
+
+def opened(file: AnyFile, block: int | None = None) -> IO[bytes]:
+    """The content of a file; a remote one as a stream that survives interruptions.
+
+    Args:
+        block: bytes of a remote file that are asked for at once, where it is not read from its
+            start to its end.
+    """
+    if isinstance(file, Path):
+        return file.open("rb")
+    return io.BufferedReader(_Stream(file, block), min(BUFFER, block or BUFFER))
 
 
 class _Stream(io.RawIOBase):
     """The content of a remote file: where a read fails, the file is opened again at that place.
 
-    A server that gives whole files only can be read from the start to the end, not elsewhere.
+    Args:
+        block: see `opened`.
     """
 
-    def __init__(self, file: RemoteFile) -> None:
-        self.file, self.position = file, 0
-        self.opened: Any = None
-        self.place = 0  # of the opened file
+    def __init__(self, file: RemoteFile, block: int | None) -> None:
+        self.file, self.block = file, block
+        self.position = 0  # what is read next
         self.reached = 0  # where the last read ended
-        self.in_parts = True  # whether parts of it may be asked for
+        self.connection: Any = None  # fsspec's file
+        self.place = 0  # in the connection
 
     def readable(self) -> bool:
         """Whether it can be read."""
         return True
 
     def seekable(self) -> bool:
-        """Whether it can be read from another place; see above."""
+        """Whether it can be read from another place."""
         return True
 
     def tell(self) -> int:
@@ -137,50 +151,77 @@ class _Stream(io.RawIOBase):
         wanted = min(len(target), self.file.size - self.position)
         if wanted <= 0:
             return 0
-        content = tried(lambda: self._read(wanted), self.file.url, WAITS)
+        waits = HUB_WAITS if self.file.url.startswith(HUB) else WAITS
+        content = tried(lambda: self._read(wanted), str(self.file), waits)
         target[: len(content)] = content
         self.position = self.reached = self.position + len(content)
+        if self.position == self.file.size and not self.block:
+            self._require_end()
         return len(content)
 
     def _read(self, wanted: int) -> bytes:
         try:
-            if self.opened is None:
-                system, path = system_of(self.file.url)
-                block = FETCHED if self.in_parts else 0  # 0: one stream, which cannot seek
-                self.opened, self.place = system.open(path, "rb", block_size=block), 0
+            if self.connection is None:
+                self._connect()
             if self.place != self.position:
                 self._move()
-            content = self.opened.read(wanted)
-            if not content:
-                raise ConnectionError("it ended early")
-            self.place += len(content)
-            return content
-        except BaseException as error:
+            content = self.connection.read(wanted)
+        except BaseException:
             self._leave()  # another try begins anew
-            if self.in_parts and isinstance(error, ValueError) and "range request" in str(error):
-                self.in_parts = False
-                return self._read(wanted)
             raise
+        if not content:
+            raise self._wrong_size(f"ends after {self.position:,} bytes")
+        self.place += len(content)
+        return content
+
+    def _connect(self) -> None:
+        """Open it: as one stream where that is enough and the protocol has streams."""
+        system, path = system_of(self.file.url)
+        streams = self.file.url.startswith((HUB, "http"))
+        block = 0 if streams and not self.block and not self.position else self.block or FETCHED
+        self.connection, self.place = system.open(path, "rb", block_size=block), 0
 
     def _move(self) -> None:
-        if self.in_parts:
-            self.opened.seek(self.position)
-        elif self.position != self.reached:
-            raise InputError(
-                f"{self.file}: its server gives whole files only, and this format is read in "
-                "parts; download it"
-            )
-        else:  # opened again after an interruption
+        """Go on at the position: where the server gives no parts of files, from the start."""
+        try:
+            self.connection.seek(self.position)
+            self.connection.read(1)
+            self.connection.seek(self.position)
+        except ValueError as error:
+            if "range request" not in str(error):
+                raise
+            if self.position != self.reached:
+                raise InputError(
+                    f"{self.file}: its server gives whole files only, and this format is read in "
+                    "parts; download it"
+                ) from error
+            self._leave()
+            system, path = system_of(self.file.url)
+            self.connection = system.open(path, "rb", block_size=0)
             left = self.position
-            while left:
-                left -= len(self.opened.read(min(left, BUFFER))) or left
+            while left and (passed := len(self.connection.read(min(left, BUFFER)))):
+                left -= passed
         self.place = self.position
 
+    def _require_end(self) -> None:
+        """The content of a stream must end where the server said."""
+        more = b""
+        with contextlib.suppress(Exception):  # a connection that fails here has ended too
+            more = self.connection.read(1)
+        if more:
+            raise self._wrong_size("has more")
+
+    def _wrong_size(self, what: str) -> InputError:
+        size = self.file.size
+        return InputError(
+            f"{self.file}: {what}, and its server announced {size:,} bytes; download it"
+        )
+
     def _leave(self) -> None:
-        if self.opened is not None:
-            with contextlib.suppress(Exception):  # its connection is broken
-                self.opened.close()
-        self.opened = None
+        if self.connection is not None:
+            with contextlib.suppress(Exception):  # it may be broken
+                self.connection.close()
+        self.connection = None
 
     def close(self) -> None:
         """Give the connection back."""
@@ -192,40 +233,53 @@ def system_of(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system of a URL, and the path there.
 
     Raises:
-        InputError: its protocol is not known, or needs a package that is not installed.
+        InputError: its protocol is not known, or needs a package or more than the URL.
+        Exception: what the file system raises where it connects at once.
     """
     from fsspec.core import url_to_fs
 
     protocol = url.partition("://")[0]
+    if "::" in url:
+        raise InputError(f"{url}: chains of URLs are not read; download it, and name the file")
     try:
         return url_to_fs(url)
     except ImportError as error:
         package = getattr(error.__cause__, "name", None) or error.name
         raise InputError(
             f"{url}: {protocol}:// needs the package {package} ({first_line(error)}); "
-            f"pip install {package}, or download the file and name it"
+            f"source env.sh && pip install {package}, or download the file and name it"
         ) from error
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise InputError(
             f"{url}: {first_line(error)}; name a file of this machine, "
-            "hf://datasets/OWNER/NAME/..., https://... or another protocol of fsspec"
+            "hf://datasets/OWNER/NAME/..., https://... or another protocol of fsspec that needs "
+            "no more than the URL"
         ) from error
 
 
-def tried(action: Callable[[], Result], url: str, waits: tuple[int, ...]) -> Result:
+# --- trying again --------------------------------------------------------------------------------
+
+
+def tried(action: Callable[[], Result], where: str, waits: tuple[int, ...]) -> Result:
     """What an action gives, which is tried again after each wait (in seconds) where it may help.
+
+    Args:
+        where: what it is about, for people.
 
     Raises:
         InputError: it does not.
     """
-    for wait in (*waits, None):
+    for number, wait in enumerate((*waits, None), start=1):
         try:
             return action()
         except UserError:
             raise
         except Exception as error:  # each protocol raises what its HTTP client does
             if wait is None or _is_final(error):
-                raise InputError(f"{url}: {_refusal(url, error)}") from error
+                raise InputError(f"{where}: {_refusal(where, error)}") from error
+            logging.getLogger(__name__).warning(
+                f"{where}: {_said(error)}; trying again in {wait} s ({number} of {len(waits)})"
+            )
             time.sleep(wait)
     raise AssertionError  # the last wait is None
 
@@ -237,6 +291,12 @@ def _causes(error: BaseException | None) -> list[BaseException]:
         causes.append(error)
         error = error.__cause__
     return causes
+
+
+def _said(error: BaseException) -> str:
+    """What an error says, in one line."""
+    cause = _causes(error)[-1]
+    return f"{type(cause).__name__}: {first_line(cause)[:SAID].strip()}"
 
 
 def _status(error: BaseException) -> int | None:
@@ -259,40 +319,65 @@ def is_missing(error: BaseException) -> bool:
     return isinstance(error, FileNotFoundError) and error.__cause__ is None
 
 
+def _names(error: BaseException) -> set[str]:
+    """The names of the classes of an error and its causes."""
+    return {type(cause).__name__ for cause in _causes(error)}
+
+
 def _is_final(error: BaseException) -> bool:
     """Whether the same question would get the same answer."""
     status = _status(error)
     if status is not None:
         return 400 <= status < 500 and status not in (408, 425, 429)
-    kinds = (PermissionError, IsADirectoryError, ValueError, NotImplementedError)
-    is_offline = any(type(cause).__name__ == "OfflineModeIsEnabled" for cause in _causes(error))
-    return is_offline or is_missing(error) or isinstance(error, kinds)
+    kinds = (
+        PermissionError, IsADirectoryError, ValueError, TypeError, LookupError, AttributeError,
+        MemoryError, NotImplementedError,
+    )  # fmt: skip
+    named = {"OfflineModeIsEnabled", "NoCredentialsError", "PartialCredentialsError"}
+    return bool(named & _names(error)) or is_missing(error) or isinstance(error, kinds)
 
 
-def _refusal(url: str, error: BaseException) -> str:
-    """What an error means, and what to do."""
-    names = {type(cause).__name__ for cause in _causes(error)}
-    error = _causes(error)[-1]
-    is_hub, said = url.startswith(HUB), first_line(error)[:200]
+def _refusal(where: str, error: BaseException) -> str:
+    """What an error means, and what to do.
+
+    Args:
+        where: a URL first.
+    """
+    names, is_hub = _names(error), where.startswith(HUB)
+    page = re.match(r"(datasets/)?([\w.-]+/[\w.-]+)", where.removeprefix(HUB))
+    if "OfflineModeIsEnabled" in names:
+        return "cannot be read: HF_HUB_OFFLINE is set; unset it"
     if is_hub and isinstance(error, (ValueError, NotImplementedError)):
-        return f"is not hf://datasets/OWNER/NAME/PATTERN ({said})"
+        return f"is not hf://datasets/OWNER/NAME/PATTERN ({first_line(error)[:SAID].strip(' .')})"
     if "GatedRepoError" in names:
         return (
-            "the Hub gives it to users who have accepted its terms only; accept them on its page "
-            "at https://huggingface.co, then type: hf auth login"
+            "the Hub gives it to users who have accepted its terms only; accept them at "
+            f"https://huggingface.co/{page[0] if page else ''}, then type: hf auth login"
         )
     if "RevisionNotFoundError" in names:
-        return "there is no such revision (any more); name another after @, or leave it out"
+        return _revision_is_gone(where)
     if "RepositoryNotFoundError" in names or (is_hub and _status(error) == 401):
         return (
             "is no repository of the Hub that you may read; mind the spelling "
             "(hf://datasets/OWNER/NAME/PATTERN), or type: hf auth login"
         )
     if isinstance(error, PermissionError) or _status(error) in (401, 403):
-        return f"may not be read ({said}); log in with the tool of this service, or download it"
+        return f"may not be read ({_said(error)}); log in to this service, or download it"
     if is_missing(error):
         return "is not there (any more); mind the spelling"
+    if _is_final(error):
+        return f"cannot be read ({_said(error)}); download it and name the file"
     return (
-        f"cannot be read ({type(error).__name__}: {said}); no network? Start again when there is "
-        "one (what is tokenized stays), or download it and name the file"
+        f"its server does not answer as it should ({_said(error)}); look at the network and type "
+        "the same command again (what is tokenized stays), or download it and name the file"
+    )
+
+
+def _revision_is_gone(where: str) -> str:
+    if not re.search(r"@[0-9a-f]{12}/", where):  # as RemoteFile and listing.py write a commit
+        return "there is no such revision (any more); name another after @, or leave it out"
+    return (
+        "the Hub no longer has this commit, which the first start took; give the data.cache_dir "
+        "that has its tokens, or remove remote-*.json there to take what the data set is now (a "
+        "run that goes on needs data.allow_changed_input=true then)"
     )

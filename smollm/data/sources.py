@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from smollm.data import documents
 from smollm.data.documents import SEPARATOR, Piece
-from smollm.data.formats import BLOCK, decompressed, is_compressed, reading
+from smollm.data.formats import BLOCK, decompressed, fetch_again, is_compressed, reading
 from smollm.data.hashes import Identity, identity
-from smollm.data.remote import AnyFile
+from smollm.data.remote import FETCHED, AnyFile, RemoteFile, opened
 from smollm.errors import InputError, first_line, printable
 
 if TYPE_CHECKING:  # needed for Parquet and CSV only
@@ -106,6 +106,9 @@ class Reader:
 
     def require_unchanged(self) -> None:
         """Raise InputError if the file was edited or replaced since it was hashed."""
+        if isinstance(self.path, RemoteFile):
+            self.path.require_unchanged()
+            return
         with reading(self.path):
             if identity(self.path) != self.identity:
                 raise InputError(f"{self.path}: was changed while it was read; start again")
@@ -150,7 +153,7 @@ def read_text(reader: Reader) -> Iterator[str]:
     """A text file in blocks of about 1 MB: UTF-8 checked, line ends made newlines."""
     path, decoder = reader.path, codecs.getincrementaldecoder("utf-8")("strict")
     newlines = io.IncrementalNewlineDecoder(decoder, translate=True)
-    with path.open("rb") as raw:
+    with opened(path) as raw:
         stream, offset = decompressed(raw), 0
         while True:
             block = stream.read(BLOCK)
@@ -182,7 +185,7 @@ def read_text(reader: Reader) -> Iterator[str]:
 
 def read_json_lines(reader: Reader) -> Iterator[tuple[str, Any]]:
     """The rows of a file with one JSON object a line; blank lines count for nothing."""
-    with reader.path.open("rb") as raw:
+    with opened(reader.path) as raw:
         stream, number = decompressed(raw), 0
         while line := stream.readline(LONGEST_LINE + 1):
             number += 1
@@ -260,7 +263,7 @@ def read_csv(reader: Reader) -> Iterator[tuple[str, Any]]:
         include_columns=[key], column_types={key: pyarrow.binary()}, strings_can_be_null=False
     )
     number = 0
-    with path.open("rb") as raw:
+    with opened(path) as raw:
         try:
             batches = arrow.open_csv(
                 pyarrow.PythonFile(decompressed(raw), mode="r"),
@@ -282,7 +285,7 @@ def read_csv(reader: Reader) -> Iterator[tuple[str, Any]]:
 
 def _csv_columns(path: AnyFile, delimiter: str) -> list[str]:
     """The names in the first line of a CSV file."""
-    with path.open("rb") as raw:
+    with opened(path) as raw:
         first = decompressed(raw).readline(LONGEST_LINE).removeprefix(codecs.BOM_UTF8)
         line = first.decode("utf-8", "replace")
     try:
@@ -324,7 +327,8 @@ def _parquet(reader: Reader) -> Iterator[tuple[pyarrow.parquet.ParquetFile, list
     from pyarrow import parquet
 
     try:
-        with reader.path.open("rb") as raw:  # a name that is not UTF-8 has no other way
+        # A name that is not UTF-8 has no other way than an open file.
+        with opened(reader.path, block=FETCHED) as raw:
             names = _checked_names(reader, parquet.read_schema(raw))
             raw.seek(0)
             options = {"read_dictionary": [".".join(names)], "pre_buffer": False}
@@ -333,8 +337,8 @@ def _parquet(reader: Reader) -> Iterator[tuple[pyarrow.parquet.ParquetFile, list
         if isinstance(error, FileNotFoundError):
             raise
         raise InputError(
-            f"{reader.path}: is damaged or cut short ({first_line(error)[:MESSAGE]}); fetch it "
-            "again"
+            f"{reader.path}: is damaged or cut short ({first_line(error)[:MESSAGE]}); "
+            f"{fetch_again(reader.path)}"
         ) from error
 
 

@@ -18,14 +18,24 @@ from tokenizers import Tokenizer
 
 from smollm import atomic
 from smollm.config import Config
-from smollm.data import corpus, files, formats, learning, parallel, shards, token_files, tokenizer
+from smollm.data import (
+    corpus,
+    files,
+    formats,
+    learning,
+    listing,
+    parallel,
+    shards,
+    token_files,
+    tokenizer,
+)
 from smollm.data.corpus import Corpus, HashedFile, check_length
 from smollm.data.documents import SEPARATOR
 from smollm.data.files import Source
 from smollm.data.hashes import Hashes, identity, key
 from smollm.data.parallel import Task
 from smollm.data.progress import Log, Progress
-from smollm.data.remote import AnyFile, RemoteFile
+from smollm.data.remote import AnyFile, ChangedOnServerError, RemoteFile
 from smollm.data.shards import FileTokens
 from smollm.data.sources import Reader, refusal, text_size
 from smollm.data.tokenizer import Chosen, Encoder, TokenizerFiles
@@ -59,10 +69,19 @@ def prepare(
     """
     data, cache = config.data, Path(config.data.cache_dir)
     validation = [data.validation_file] if data.validation_file else []
-    sources = files.find([*data.input_files, *validation], cache, log, commits)
+    entries = [*data.input_files, *validation]
+    sources = files.find(entries, cache, log, commits)
     try:
         with _locked(cache, log):
-            found = _prepare(config, sources, given, log, workers)
+            try:
+                found = _prepare(config, sources, given, log, workers)
+            except ChangedOnServerError as error:
+                log(f"{error}: looking again")
+                for source in sources:
+                    if source.commit is None:
+                        listing.forget(source.name, cache)
+                sources = files.find(entries, cache, log, commits)
+                found = _prepare(config, sources, given, log, workers)
     except OSError as error:
         raise InputError(
             f"data.cache_dir {cache}: {error.strerror or error} ({error.filename or cache}); make "
@@ -116,7 +135,7 @@ def _hash(sources: list[Source], hashes: Hashes, log: Log) -> dict[AnyFile, Hash
     identities, hashed = {}, {}
     for path in (path for source in sources for path in source.files):
         if isinstance(path, RemoteFile):
-            hashed[path] = HashedFile(path.identity(), path.content)
+            hashed[path] = HashedFile(path.identity, path.version)
             continue
         with formats.reading(path):
             identities[path] = identity(path)
@@ -130,6 +149,8 @@ def _hash(sources: list[Source], hashes: Hashes, log: Log) -> dict[AnyFile, Hash
 
 
 def _reader(config: Config, path: AnyFile, hashed: dict[AnyFile, HashedFile]) -> Reader:
+    if isinstance(path, RemoteFile):
+        path.require_unchanged()  # before it is streamed
     data, kind = config.data, formats.kind_of(path)
     return Reader(path, hashed[path].identity, kind, data.text_key, data.max_bad_rows)
 
@@ -200,7 +221,7 @@ def _tokens_of_files(
     cache = Path(config.data.cache_dir)
     made_with = (shards.FORMAT, config.data.text_key, key(encoder.content), *encoder.unusual_end)
     directories = {
-        path: cache / f"tokens-{key(file.sha256, formats.ending(path), *made_with)}"
+        path: cache / f"tokens-{key(_name(path, file), formats.ending(path), *made_with)}"
         for path, file in hashed.items()
     }
     known = {directory: shards.read(directory) for directory in directories.values()}
@@ -223,6 +244,11 @@ def _tokens_of_files(
         _check_space(tasks, cache, width)
         known.update(parallel.tokenize(list(tasks.values()), encoder, workers, log))
     return {path: known[directory] for path, directory in directories.items()}
+
+
+def _name(path: AnyFile, file: HashedFile) -> str:
+    """What the tokens of a file are found by; the hash of a remote one is its server's word."""
+    return f"remote {file.sha256}" if isinstance(path, RemoteFile) else file.sha256
 
 
 def _check_space(tasks: dict[Path, Task], cache: Path, width: int) -> None:

@@ -23,6 +23,7 @@ from smollm.errors import InputError
 
 BLOCK = 1 << 22  # tokens that are looked at together
 DECODED = 1 << 20  # tokens that are decoded together
+LOOKED_AT = 1 << 12  # tokens that show whether they are any
 
 
 @dataclass(frozen=True)
@@ -48,16 +49,27 @@ def count(
         InputError: a file is none of tokens, or holds an id that the tokenizer does not have.
     """
     entries, found = size(tokenizer), {}
+    if paths and entries > 2**16:
+        raise InputError(
+            f"{next(iter(paths))}: holds tokens of 16 bits, and this tokenizer has {entries:,} "
+            "entries; set tokenizer.source to the one that made them"
+        )
     with Progress("counting tokens", sum(path.stat().st_size for path in paths), log) as progress:
         for path, sha256 in paths.items():
             tokens, memory = stored(path), cache / f"counts-{key(sha256, end)}.json"
             known = _read(memory)
             if known is None or known.tokens != len(tokens):
+                _require_16_bits(path, tokens)
                 known = _count(tokens, end, progress)
                 with contextlib.suppress(OSError), atomic.replacing(memory) as temporary:
                     atomic.write_json(temporary, dataclasses.asdict(known))
             if known.highest >= entries:
                 _refuse(path, tokens, entries)
+            if known.ends == 0:
+                log(
+                    f"warning: {path}: has no end-of-text token (id {end}), so its documents are "
+                    "one; is tokenizer.source the tokenizer that made it?"
+                )
             found[path] = known
             progress.file_done(path.stat().st_size)
     return found
@@ -71,9 +83,26 @@ def stored(path: Path) -> Tokens:
 def _read(memory: Path) -> Counts | None:
     """What was found before; None where nothing was, or it cannot be read."""
     try:
-        return Counts(**atomic.read_json(memory))
+        counts = Counts(**atomic.read_json(memory))
+        return counts if all(type(n) is int for n in dataclasses.astuple(counts)) else None
     except (OSError, ValueError, TypeError, RecursionError):
         return None
+
+
+def _require_16_bits(path: Path, tokens: Tokens) -> None:
+    """Raise InputError where a file is likely no tokens of 16 bits, though its name says so."""
+    first = tokens[:LOOKED_AT]
+    if len(first) < 16:  # too few to tell
+        return
+    if np.count_nonzero(first[1::2] <= 1) > 0.95 * (len(first) // 2):
+        raise InputError(
+            f"{path}: looks like tokens of 32 bits; convert them to 16 (numpy.uint16), or give the "
+            "text"
+        )
+    with contextlib.suppress(UnicodeDecodeError):
+        text = first.tobytes().decode("ascii")
+        if all(character.isprintable() or character.isspace() for character in text):
+            raise InputError(f"{path}: looks like a text; give it a name that ends in .txt")
 
 
 def _blocks(
@@ -103,7 +132,7 @@ def _refuse(path: Path, tokens: Tokens, entries: int) -> None:
             raise InputError(
                 f"{path}: token {start + at:,} (from 0) is {int(block[at]):,}, and the tokenizer's "
                 f"highest id is {entries - 1:,}; set tokenizer.source to the tokenizer that made "
-                "these tokens"
+                "these tokens (of 16 bits)"
             )
 
 

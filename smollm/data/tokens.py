@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from smollm.errors import InputError
+from smollm.errors import InputError, first_line
 
 NAME = "tokens.npy"  # of the cache's own
 MAGIC, VERSION = 20240520, 1  # of llm.c's and modded-nanogpt's shards for GPT-2's tokenizer
@@ -69,7 +69,9 @@ class _Opened(NamedTuple):
     offset: int  # bytes, of the first token
 
 
+@functools.lru_cache(maxsize=OPEN)  # of the process: a user may open some 1,024 files
 def _opened(path: Path) -> _Opened:
+    """A token file of any kind, opened once."""
     tokens = open_tokens(path)
     return _Opened(open(path, "rb", buffering=0), tokens.dtype, tokens.offset)
 
@@ -89,7 +91,6 @@ class Tokens:
         self.parts = [part for part in parts if part[2] > part[1]]
         lengths = [stop - start for _, start, stop in self.parts]
         self.ends = np.cumsum(lengths, dtype=np.int64) if lengths else np.zeros(0, np.int64)
-        self._open = functools.lru_cache(maxsize=OPEN)(_opened)
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
@@ -115,7 +116,7 @@ class Tokens:
             InputError: the disk does not deliver them.
         """
         try:
-            file, dtype, offset = self._open(path)
+            file, dtype, offset = _opened(path)
             tokens = np.empty(count, dtype)
             content, done = memoryview(tokens).cast("B"), 0
             while done < len(content):
@@ -124,10 +125,9 @@ class Tokens:
                 if not more:
                     raise InputError(f"{path}: was cut short while it was in use; make it again")
                 done += more
-        except OSError as error:
-            raise InputError(
-                f"{path}: {error.strerror}; when it can be read, the same command goes on"
-            ) from error
+        except (OSError, ValueError) as error:  # NumPy's, of a damaged header
+            why = getattr(error, "strerror", None) or first_line(error)
+            raise InputError(f"{path}: {why}; when it can be read, start again") from error
         return tokens
 
     def part(self, first: int, last: int) -> "Tokens":

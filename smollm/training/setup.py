@@ -198,7 +198,8 @@ def _open_corpus(job: Job, saved: store.Checkpoint | None, log: Callable[[str], 
     elif job.init_from:
         given = job.init_from.tokenizer()
     with distributed.main_first():
-        commits = resume.commits(saved.trainer_state) if saved else None
+        kept = saved and not job.config.data.allow_changed_input
+        commits = resume.commits(saved.trainer_state) if kept else None
         corpus = token_cache.prepare(job.config, given, log, commits=commits)
     if saved:
         for line in resume.check_compatible(job.config, corpus.fingerprint, saved):

@@ -45,7 +45,7 @@ def describe(run: Run) -> list[str]:
             f"{micro_batch} sequences x {accumulation} accumulation{processes} x "
             f"{config.data.sequence_length:,} tokens = {config.tokens_per_step:,} tokens per step",
         ),
-        ("epochs", f"{dataset.epoch(job.last):,.1f} over {len(run.corpus.train):,} tokens"),
+        ("epochs", _epochs(run)),
         ("optimizer", describe_optimizer(config.training, first, job.last)),
         ("checkpoints", f"{job.save_dir}, {size / 1e6:,.0f} MB each"),
     ]
@@ -60,6 +60,15 @@ def describe(run: Run) -> list[str]:
                 "or fewer steps for a model that generalises"
             )
     return lines
+
+
+def _epochs(run: Run) -> str:
+    """How often the text is seen; of a mixture by the source that is seen most often."""
+    dataset, last = run.dataset, run.job.last
+    if len(dataset.rings) == 1:
+        return f"{dataset.epoch(last):,.1f} over {len(run.corpus.train):,} tokens"
+    most, number = max((epochs, n) for n, epochs in enumerate(dataset.epochs(last)))
+    return f"at most {most:,.1f}: of {run.corpus.parts[number].name}"
 
 
 def _weights(run: Run) -> Iterator[tuple[str, str]]:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import events, losses, train, write_tiny
+from helpers import call, command, events, losses, train, write_tiny
 
-from smollm.config import DataConfig, shares
+from smollm.config import shares
 from smollm.data.batches import Place, Position, TokenDataset
 from smollm.data.mixture import Schedule
 
@@ -82,6 +82,7 @@ def test_200_steps_have_exact_counts_and_epochs():
             assert len(set(own[begin : begin + size])) == size
     assert dataset.epochs(200) == [1120 / 142, 320 / 71, 160 / 12]
     assert dataset.epoch(200) == 1600 / (142 + 71 + 12)
+    assert mixed(weights=(1, 1, 0)).epoch(200) == 1600 / (142 + 71)
     assert dataset.position(200).sources == (Place(7, 126), Place(4, 36), Place(13, 4))
     assert dataset.mixed(200)[2] == "10.00% of the windows, 13.33 epochs"
 
@@ -160,18 +161,22 @@ def test_a_run_over_a_mixture(tmp_path: Path) -> None:
     assert again.returncode == 0, again.stdout
     second_half = {step: loss for step, loss in whole.items() if step > 4}
     assert losses(tmp_path, "again") == second_half
-    for run, weights in (("other", "[1, 1, 1]"), ("none", "[]")):
+    for run, weights in (("same", "[7, 2, 1]"), ("other", "[1, 1, 1]"), ("none", "[]")):
         other = train(tmp_path, *words, f"data.weights={weights}", run=run)
         assert other.returncode == 0, other.stdout
         assert "changed since the checkpoint: data.weights: [0.7, 0.2, 0.1] -> [" in other.stdout
         assert ("windows in another order" in other.stdout) == (run == "none")
-        assert losses(tmp_path, run) != second_half
+        assert ("the new weights hold from here on" in other.stdout) == (run == "other")
+        assert (losses(tmp_path, run) == second_half) == (run == "same")
+    words = ["--checkpoint", "run/checkpoints/latest", "--input_file", "b.txt"]
+    done = call(tmp_path, [*command("evaluate.py")[:2], *words])
+    assert done.returncode == 0 and "bits per byte" in done.stdout, done.stdout
 
 
 @pytest.mark.parametrize(
     ("weights", "said"),
     [
-        ("[0.7, 0.3]", "data.weights [0.7, 0.3] are 2, and data.input_files (--input_file) has 1"),
+        ("[0.7, 0.3]", "data.weights has 2 numbers, and data.input_files (--input_file) has 1"),
         ("[0]", "data.weights [0.0]: all are 0"),
         ("[-1]", "got ['-1'], expected a list of numbers from 0 to 1e+12, such as [0.7, 0.3]"),
         ("0.7", "got '0.7', expected a list of numbers"),
@@ -194,9 +199,13 @@ def test_a_weighted_source_must_hold_a_window(tmp_path: Path) -> None:
     done = train(tmp_path, *words, "data.weights=[1, 1]")
     assert done.returncode == 3 and "short.txt: has " in done.stdout, done.stdout
     assert "which its weight 1.0 in data.weights needs" in done.stdout
-    done = train(tmp_path, *words, "data.weights=[1, 0]")
+    words = [*words[:4], "data.validation_fraction=0.4", "data.weights=[1, 0]"]
+    done = train(tmp_path, *words, "--train_steps", "2")
     assert done.returncode == 0, done.stdout
-    assert "; 0.00% of the windows, 0.00 epochs" in done.stdout
+    assert "; weight 0: evaluated only" in done.stdout
+    again = ["--train_steps", "3", "--resume", "auto", "data.sequence_length=8"]
+    done = train(tmp_path, *words, *again)  # it has windows of this length
+    assert done.returncode == 0, done.stdout
 
 
 def test_proportions_that_no_short_period_has(tmp_path: Path) -> None:
@@ -204,5 +213,7 @@ def test_proportions_that_no_short_period_has(tmp_path: Path) -> None:
     write_tiny(tmp_path)
     words = ["--input_file", "text.txt", "--input_file", "text.txt"]
     done = train(tmp_path, *words, "data.weights=[9672101, 2119719]", "--dry_run")
-    assert done.returncode == 2 and "round them, such as [0.8202, 0.1798]" in done.stdout
-    assert DataConfig().weights == ()
+    assert done.returncode == 2 and "fewer digits, such as [0.8202, 0.1798]" in done.stdout
+    done = train(tmp_path, *words, "data.weights=[1e12, 1]", "--dry_run")
+    assert "they add up to 1,000,000,000,001, and at most 100,000" in done.stdout
+    assert "such as [1.0, 0.0001]" in done.stdout  # no source is rounded away

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
+import threading
 from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
+import huggingface_hub
 import numpy as np
 import pyarrow
 import pytest
-from data_helpers import GPT2
+from data_helpers import GPT2, prepare, tokens_of
 from helpers import ROOT, call, command, events, losses, train, write_tiny
 from hub_helpers import Hub, serving
+from huggingface_hub import hf_file_system
 from pyarrow import parquet
 from test_token_files import encoded, write_llm_c
 from tokenizers import Tokenizer
 
-from smollm.data import files, formats, listing, remote
+from smollm.data import files, formats, listing, remote, sources
 from smollm.data.documents import SEPARATOR
 from smollm.data.remote import RemoteFile
 from smollm.data.sources import Reader
@@ -112,7 +117,7 @@ def reader(url: str, cache: Path) -> Reader:
     """Of a file that is found anew."""
     shutil.rmtree(cache, ignore_errors=True)
     (file,) = files.find([url], cache, print)[0].files
-    return Reader(file, file.identity(), formats.kind_of(file), "text", 0)
+    return Reader(file, file.identity, formats.kind_of(file), "text", 0)
 
 
 def test_an_interruption_of_the_hub(tmp_path: Path, hub: Hub) -> None:
@@ -147,11 +152,11 @@ def test_a_server_that_stays_broken(tmp_path: Path, hub: Hub, monkeypatch) -> No
     url = f"{hub.address}/datasets/some/texts/resolve/main/data/deeper/all.jsonl"
     file = reader(url, tmp_path / "cache").path
     hub.faults = ["503"] * 3
-    with pytest.raises(InputError, match=r"cannot be read \(.*503.*no network\? Start again"):
-        file.open().read(10)
+    with pytest.raises(InputError, match=r"does not answer as it should \(.*503.*look at the net"):
+        remote.opened(file).read(10)
     assert hub.faults == []
     hub.faults = ["cut", "503"]
-    assert file.open().read(9) == b'{"text": '
+    assert remote.opened(file).read(9) == b'{"text": '
 
 
 def test_a_file_that_changes_while_it_is_read(tmp_path: Path, hub: Hub) -> None:
@@ -161,15 +166,96 @@ def test_a_file_that_changes_while_it_is_read(tmp_path: Path, hub: Hub) -> None:
     found = reader(url, tmp_path / "cache")
     found.require_unchanged()
     path.write_text(path.read_text().replace("a", "e"))
-    with pytest.raises(InputError, match="was changed while it was read"):
+    with pytest.raises(InputError, match="was changed on its server"):
         found.require_unchanged()
+
+
+def test_a_file_that_was_changed_before_it_was_tokenized(
+    tmp_path: Path, hub: Hub, settings
+) -> None:
+    """The list of the first start is made anew; what is tokenized already stays."""
+    path, said = tmp_path / "remote/data/deeper/all.jsonl", []
+    url = f"{hub.address}/datasets/some/texts/resolve/main/data/deeper/all.jsonl"
+    first = tokens_of(prepare(settings(), url))
+    path.write_text(path.read_text().replace("a", "e"))
+    assert tokens_of(prepare(settings(), url, log=said.append)) == first and not said
+    for tokens in (tmp_path / "cache").glob("tokens-*"):
+        shutil.rmtree(tokens)
+    assert tokens_of(prepare(settings(), url, log=said.append)) != first
+    assert f"{url}: was changed on its server: looking again" in said
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+@pytest.mark.parametrize(
+    ("announced", "said"), [(2.0, r"ends after [\d,]+ bytes"), (0.5, "has more")]
+)
+def test_a_server_that_lies_about_a_size(
+    tmp_path: Path, hub: Hub, announced: float, said: str, ranges: bool
+) -> None:
+    """Refused: neither read twice nor cut short."""
+    hub.announced, hub.ranges = announced, ranges
+    url = f"{hub.address}/datasets/some/texts/resolve/main/data/deeper/all.jsonl"
+    with pytest.raises(InputError, match=said + r", and its server announced [\d,]+ bytes"):
+        list(reader(url, tmp_path / "cache").pieces())
+
+
+def test_the_hub_is_asked_again_by_us_too(
+    tmp_path: Path, hub_here: Hub, texts, monkeypatch
+) -> None:
+    """When its own library gives up: busy, and broken in the middle; text and Parquet."""
+    hub = hub_here
+    monkeypatch.setattr(remote, "HUB_WAITS", (0.01,) * 6)
+    monkeypatch.setattr(
+        hf_file_system, "http_backoff",
+        lambda method, url, headers=None, **options: huggingface_hub.utils.get_session().request(
+            method, url, headers=headers, follow_redirects=True
+        ),
+    )  # fmt: skip
+    for entry in ("hf://datasets/some/texts/data/a.parquet", "hf://datasets/some/texts/a.txt"):
+        text = "".join(f"{text}{SEPARATOR}\n" for text in texts[:30])
+        (tmp_path / "remote/a.txt").write_text(text)
+        huggingface_hub.HfFileSystem.clear_instance_cache()
+        hub.faults = ["503", "cut", "503"]
+        found = "".join(piece.text for piece in reader(entry, tmp_path / "cache").pieces())
+        assert found == "".join(texts[:30]) and hub.faults == []
+
+
+def test_a_plain_web_server(tmp_path: Path, texts: list[str]) -> None:
+    """One that lists its files: a glob finds them; a page for people is no text."""
+    write_tiny(tmp_path / "www")
+    handler = functools.partial(Quiet, directory=str(tmp_path / "www"))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url = f"http://127.0.0.1:{server.server_port}"
+        (source,) = files.find([f"{url}/*.txt"], tmp_path / "cache", print)
+        assert [file.url for file in source.files] == [f"{url}/text.txt"]
+        assert source.files[0].size == (tmp_path / "www/text.txt").stat().st_size
+        with pytest.raises(InputError, match="is a web page; give the URL of a file of text"):
+            files.find([f"{url}/"], tmp_path / "cache", print)
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    """A web server that says nothing."""
+
+    def log_message(self, *arguments: object) -> None:
+        """Nobody reads it."""
+
+
+def test_the_ending_of_a_name() -> None:
+    """A folder may be named c#; only the web has queries."""
+    assert RemoteFile("hf://datasets/a/b@main/c#/d?.csv.gz", 1, "").suffixes == [".csv", ".gz"]
+    assert RemoteFile("https://a.b/c.csv?download=true.txt", 1, "").suffixes == [".csv"]
 
 
 def test_parquet_from_a_server_that_gives_whole_files_only(
     tmp_path: Path, hub: Hub, texts, monkeypatch
 ) -> None:
     """It is read in parts: refused with the way out."""
-    monkeypatch.setattr(remote, "FETCHED", 5000)
+    monkeypatch.setattr(sources, "FETCHED", 5000)
     hub.ranges = False
     url = f"{hub.address}/datasets/some/texts/resolve/main/data/a.parquet"
     with pytest.raises(InputError, match="gives whole files only, and this format is read in par"):
@@ -185,7 +271,8 @@ def test_a_run_keeps_the_commit_that_it_started_with(tmp_path: Path, hub: Hub, t
     words = ["--input_file", ENTRY, *STEPS, "data.cache_dir=cache"]
     whole = run(tmp_path, hub, *words, name="whole")
     assert whole.returncode == 0, whole.stdout
-    assert f"{ENTRY}: 2 files, 0." in whole.stdout and "at commit 0123456789ab" in whole.stdout
+    assert f"{ENTRY}: 2 files, 0.1 MB, commit 0123456789ab (kept in cache/rem" in whole.stdout
+    assert f"  0            {ENTRY} (commit 0123456789ab): " in whole.stdout
     state = json.loads((tmp_path / "whole/checkpoints/step_000006/trainer_state.json").read_text())
     assert state["data"]["commits"] == {ENTRY: hub.commit}
     first, old = hub.commit, Path(shutil.copytree(tmp_path / "remote", tmp_path / "old"))
@@ -202,15 +289,17 @@ def test_a_run_keeps_the_commit_that_it_started_with(tmp_path: Path, hub: Hub, t
         assert losses(tmp_path, name) == expected
     again = run(tmp_path, hub, *words, name="again")
     assert losses(tmp_path, "again") == losses(tmp_path, "whole") and again.returncode == 0
-    for memory in (tmp_path / "cache").glob("remote-*.json"):
-        memory.unlink()
-    fresh = run(tmp_path, hub, *words, name="fresh")
+    # What the resumed run has found in its cache is not what a new run sees.
+    fresh = run(tmp_path, hub, *words, "data.cache_dir=other", name="fresh")
     assert losses(tmp_path, "fresh") != losses(tmp_path, "whole"), fresh.stdout
-    assert f"at commit {NEW[:12]}" in fresh.stdout
+    assert f", commit {NEW[:12]} (kept in" in fresh.stdout
     hub.earlier.clear()
     gone = run(tmp_path, hub, *resume, "data.cache_dir=third", name="gone")
     assert gone.returncode == 3, gone.stdout
-    assert f"{ENTRY}: there is no such revision (any more)" in gone.stdout
+    assert "@0123456789ab/data/*.parquet: the Hub no longer has this commit" in gone.stdout
+    resume.append("data.allow_changed_input=true")
+    taken = run(tmp_path, hub, *resume, "data.cache_dir=third", name="gone")
+    assert taken.returncode == 0 and f"commit {NEW[:12]}" in taken.stdout, taken.stdout
 
 
 def test_a_revision_that_is_named(tmp_path: Path, hub: Hub) -> None:
@@ -243,15 +332,18 @@ def test_a_login(tmp_path: Path, hub: Hub) -> None:
     [
         (
             "hf://datasets/some/texts/data/c*.parquet",
-            "c*.parquet: matches no file; data has b.parquet, a.parquet",
+            "c*.parquet: matches no file; the folder data has: a.parquet, b.parquet",
         ),
-        ("hf://datasets/some/texts/dat/a.parquet", "no file; the repository has data/a.parquet, "),
+        ("hf://datasets/some/texts/dat/a.parquet", "file; the repository has: data/a.parquet, d"),
         ("hf://datasets/some/other/*.parquet", "is no repository of the Hub that you may read"),
         ("hf://datasets", "is not hf://datasets/OWNER/NAME/PATTERN (Repository id must be"),
-        ("hf://datasets/some/texts/tokens.bin", "tokens.bin: is a file of tokens, which are used"),
+        ("hf://datasets/some/texts/tokens.bin", "hf download some/texts tokens.bin --repo-type"),
         ("hf://datasets/some/texts/empty.txt", "empty.txt: is empty; it must hold the text"),
         ("s3://bucket/a.txt", "s3://bucket/a.txt: s3:// needs the package s3fs"),
         ("oss2://bucket/a.txt", "oss2://bucket/a.txt: Protocol not known: oss2; name a file"),
+        ("github://a/b.txt", "github://a/b.txt: GithubFileSystem.__init__() missing 2 required"),
+        ("zip://a.txt::file:///b.zip", "chains of URLs are not read; download it"),
+        ("hf:/datasets/a/b/*.txt", "hf:/datasets/a/b/*.txt: is no file; did you mean hf://data"),
         ("file:///nowhere/a.txt", "file:///nowhere/a.txt: matches no file; mind the spelling"),
     ],
 )  # fmt: skip
@@ -265,9 +357,13 @@ def test_what_cannot_be_found(tmp_path: Path, hub: Hub, entry: str, said: str) -
 def test_no_network(tmp_path: Path, hub: Hub, monkeypatch) -> None:
     """The user wants none, or nobody answers; and aiohttp is not installed."""
     done = run(tmp_path, hub, "--input_file", ENTRY, "--dry_run", HF_HUB_OFFLINE="1")
-    assert done.returncode == 3 and f"{ENTRY}: cannot be read (Offline" in done.stdout, done.stdout
+    assert done.returncode == 3 and "cannot be read: HF_HUB_OFFLINE is set" in done.stdout, (
+        done.stdout
+    )
     monkeypatch.setattr(listing, "FIRST_WAITS", (0.01,))
-    with pytest.raises(InputError, match=r"no network\? Start again when there is one"):
+    with pytest.raises(
+        InputError, match=r"does not answer as it should \(Connection.*look at the n"
+    ):
         reader("http://127.0.0.1:9/a.txt", tmp_path / "cache")
     (tmp_path / "shim").mkdir()
     missing = "raise ModuleNotFoundError(\"No module named 'aiohttp'\", name='aiohttp')\n"
@@ -279,39 +375,50 @@ def test_no_network(tmp_path: Path, hub: Hub, monkeypatch) -> None:
     assert "pip install aiohttp" in done.stdout
 
 
-def test_a_folder_of_the_hub(tmp_path: Path, hub: Hub) -> None:
-    """Every file below it that is a text by its name, but no README; and files by fsspec's file."""
-    for entry, documents in (
-        ("hf://datasets/some/texts", 120),
-        ("hf://datasets/some/texts/data/deeper", 60),
-        (f"file://{tmp_path}/remote/data/*.parquet", 60),
+@pytest.fixture
+def hub_here(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """The server, for what hf:// means in this process."""
+    monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": hub.address})
+    huggingface_hub.HfFileSystem.clear_instance_cache()
+    return hub
+
+
+def test_a_folder_of_the_hub(tmp_path: Path, hub_here: Hub) -> None:
+    """Every file below it that is a text by its name; what is left out is said."""
+    (tmp_path / "remote/data/.hidden.txt").write_text("no")
+    for entry, names in (
+        ("hf://datasets/some/texts", ["a.parquet", "b.parquet", "all.jsonl"]),
+        ("hf://datasets/some/texts/data/deeper", ["all.jsonl"]),
+        (f"file://{tmp_path}/remote/data/*.parquet", ["a.parquet", "b.parquet"]),
     ):
-        done = run(tmp_path, hub, "--input_file", entry, "--dry_run")
-        assert done.returncode == 0 and f", {documents} documents, " in done.stdout, done.stdout
+        said = []
+        (source,) = files.find([entry], tmp_path / "cache", said.append)
+        assert [file.url.rpartition("/")[2] for file in source.files] == names
+        assert (source.commit is not None) == entry.startswith("hf")
+        assert said[0].startswith(f"{entry}: {len(names)} file")
+        assert said[1:] == [
+            f"{entry}: left out: 2 of other kinds (README.md, ...); 1 hidden (.hidden.txt); "
+            "1 empty (empty.txt)"
+        ] * entry.endswith("texts")
 
 
-def test_a_list_that_is_damaged_is_made_again(tmp_path: Path, hub: Hub) -> None:
+def test_a_list_that_is_damaged_is_made_again(tmp_path: Path, hub_here: Hub) -> None:
     """What is in the cache is checked, as everything that is read."""
-    words = ["--input_file", ENTRY, "--dry_run", "data.cache_dir=cache"]
-    assert run(tmp_path, hub, *words).returncode == 0
-    (memory,) = (tmp_path / "cache").glob("remote-*.json")
-    good = memory.read_text()
-    for bad in (
-        "",
-        "[]",
-        '{"revision": 1, "files": [[1, 2, 3]]}',
-        '{"revision": null, "files": []}',
-    ):
-        memory.write_text(bad)
-        done = run(tmp_path, hub, *words)
-        assert done.returncode == 0 and memory.read_text() == good, done.stdout
+    cache, said = tmp_path / "cache", []
+    wanted = files.find([ENTRY], cache, said.append)
+    assert files.find([ENTRY], cache, said.append) == wanted and len(said) == 1
+    (kept,) = cache.glob("remote-*.json")
+    good = kept.read_text()
+    for bad in ("", "[]", '{"commit": 1, "files": [[1, 2, 3]]}', '{"commit": null, "files": []}'):
+        kept.write_text(bad)
+        assert files.find([ENTRY], cache, said.append) == wanted and kept.read_text() == good
 
 
 def test_a_place_in_a_stream() -> None:
     """What reading forth and back gives is what the content has there."""
     content = np.random.default_rng(0).integers(0, 256, 3_000_000, np.uint8).tobytes()
     fsspec.filesystem("memory").pipe_file("/content", content)
-    stream = RemoteFile("memory://content", len(content), "").open()
+    stream = remote.opened(RemoteFile("memory://content", len(content), ""), block=50_000)
     rng = np.random.default_rng(1)
     for _ in range(200):
         place, count = int(rng.integers(len(content))), int(rng.integers(100_000))

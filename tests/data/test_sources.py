@@ -366,7 +366,7 @@ def make_bad(directory: Path, case: str) -> None:
 
 
 BAD_INPUT = {
-    "truncated .txt.gz": ("in", ["in/a.txt.gz: is cut short", "fetch or compress it again"]),
+    "truncated .txt.gz": ("in", ["in/a.txt.gz: is cut short", "compress it anew"]),
     "truncated .jsonl.zst": ("in", ["in/a.jsonl.zst: is cut short"]),
     "truncated .csv.gz": ("in", ["in/a.csv.gz: is cut short"]),
     "truncated .tsv.xz": ("in", ["in/a.tsv.xz: is cut short"]),

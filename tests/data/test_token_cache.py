@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import random
@@ -45,7 +44,6 @@ def test_a_second_start_does_not_tokenize(tmp_path, settings):
     assert cache_files(tmp_path) == before
     assert tokens_of(second) == tokens_of(first)
     assert second.fingerprint == first.fingerprint
-    assert isinstance(second.train._open(second.train.parts[0][0]).file, io.FileIO)  # on the disk
 
 
 def test_what_the_tokens_are_made_from_keys_the_cache(tmp_path, settings, prose):

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import gzip
+import os
 import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 from data_helpers import held_out, prepare, tokens_of
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
 from smollm.data import shards, token_files
 from smollm.data.documents import SEPARATOR
+from smollm.data.tokens import OPEN, Tokens
 from smollm.errors import ConfigError, InputError
 
 
@@ -180,13 +182,45 @@ def test_kinds_of_files_in_a_folder(tmp_path, settings):
     (tmp_path / "folder/b.txt").write_text("Some text, long enough for a window. " * 20)
     corpus = prepare(settings(), tmp_path / "folder", log=said.append)
     assert any(
-        "left out: 1 .bin without a header, which are to be named (a.bin)" in s for s in said
+        "left out: 1 .bin without a header, to be named by themselves (a.bin)" in s for s in said
     )
     assert corpus.documents == 1
     write_llm_c(tmp_path / "folder/c.bin", GOOD)
     assert "holds tokens (c.bin) and texts (b.txt)" in _refused(
         tmp_path, settings, tmp_path / "folder"
     )
+
+
+def test_what_is_hardly_tokens_of_16_bits(tmp_path, settings):
+    """Tokens of 32 bits, a text under the wrong name, a tokenizer with more entries."""
+    path = tmp_path / "a.bin"
+    path.write_bytes(np.array([5, 6, 7, 500] * 20, "<u4").tobytes())
+    assert "a.bin: looks like tokens of 32 bits; convert" in _refused(tmp_path, settings, path)
+    path.write_text("It is a text, after all.\n" * 20)
+    assert "a.bin: looks like a text; give it a name" in _refused(tmp_path, settings, path)
+    large = Tokenizer(models.WordLevel({str(number): number for number in range(70_000)}, "0"))
+    with pytest.raises(InputError, match="holds tokens of 16 bits, and this tokenizer has 70,000"):
+        token_files.count({write_nano(path, GOOD): "a"}, 0, large, tmp_path, print)
+
+
+def test_tokens_without_one_end_of_text(tmp_path, settings):
+    """They may be of another tokenizer: a warning; what is remembered of them is checked."""
+    for content in (None, "{}", '{"tokens": 60, "ends": null, "highest": "x"}'):
+        for memory in (tmp_path / "cache").glob("counts-*.json"):
+            memory.write_text(content)
+        said = []
+        prepare(settings(), write_nano(tmp_path / "a.bin", GOOD), log=said.append)
+        assert any("has no end-of-text token (id 0)" in line for line in said)
+
+
+def test_files_of_all_sources_that_are_open(tmp_path):
+    """No more than a user may have open: 600 files in three sources, of which 256 are kept."""
+    paths = [write_nano(tmp_path / f"{number}.bin", [number, 1]) for number in range(600)]
+    before = len(os.listdir("/proc/self/fd"))
+    sources = [Tokens([(path, 0, 2) for path in paths[first::3]]) for first in range(3)]
+    for first, source in enumerate(sources):
+        assert source[:][::2].tolist() == list(range(first, 600, 3))
+    assert len(os.listdir("/proc/self/fd")) - before <= OPEN
 
 
 def test_a_learned_tokenizer_has_no_text_to_learn_from(tmp_path: Path, settings) -> None:
