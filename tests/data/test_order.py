@@ -1,4 +1,4 @@
-"""The order of an epoch's windows: a permutation, held in memory or computed."""
+"""The order of an epoch's windows: a permutation, held in memory or computed (I8)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sources behind a URL: the Hub's and others', from a server on loopback that fails as one may."""
+"""Sources behind a URL: the Hub's and others', from a server on loopback that fails as one may (I5)."""
 
 from __future__ import annotations
 
@@ -97,6 +97,7 @@ def test_the_same_losses_from_the_hub_from_shards_and_from_a_text(tmp_path: Path
             done = run(
                 tmp_path, hub, "--input_file", entry, "--train_steps", "10",
                 f"tokenizer.source={source}", "model.vocab_size=50257", "training.save_steps=10",
+                "training.batch_size=1", "training.gradient_accumulation_steps=1",
                 "data.validation_fraction=0.01", name=name,
             )  # fmt: skip
             assert done.returncode == 0, done.stdout

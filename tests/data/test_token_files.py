@@ -1,4 +1,4 @@
-"""Token files of other tools, used in place: llm.c's with a header, nanoGPT's without one."""
+"""Token files of other tools, used in place: llm.c's with a header, nanoGPT's without one (I6)."""
 
 from __future__ import annotations
 
