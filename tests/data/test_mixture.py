@@ -1,4 +1,4 @@
-"""Mixtures: each source has its share of the windows, whatever the start and the world size (I7)."""
+"""Mixtures: each source has its share, whatever the start and the world size (I7)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sources behind a URL: the Hub's and others', from a server on loopback that fails as one may (I5)."""
+"""Sources behind a URL: the Hub's and others', from a server on loopback that also fails (I5)."""
 
 from __future__ import annotations
 
