@@ -126,7 +126,6 @@ def _ask(
     left_out: dict[str, list[str]] = {}
 
     def ask() -> dict[str, dict[str, Any]]:
-        left_out.clear()
         system, pattern = system_of(pinned)
         if _has_magic(pattern):
             found = system.glob(pattern, detail=True, **plain)
@@ -140,11 +139,12 @@ def _ask(
             if info["type"] != "directory":
                 return {pattern: info}
             every = system.find(pattern, detail=True, **plain)
-            for name in every:
-                if why := reason(posixpath.relpath(name, pattern)):
+            reasons = {name: reason(posixpath.relpath(name, pattern)) for name in every}
+            found = {name: info for name, info in every.items() if reasons[name] is None}
+            left_out.clear()
+            for name, why in reasons.items():
+                if why:
                     left_out.setdefault(why, []).append(posixpath.basename(name))
-            gone = {name for names in left_out.values() for name in names}
-            found = {n: info for n, info in every.items() if posixpath.basename(n) not in gone}
         # The links of a web page have no sizes.
         return {n: i if i.get("size") is not None else system.info(n) for n, i in found.items()}
 
@@ -159,10 +159,7 @@ def _ask(
     files = [file for file in files if file.size]
     if not files:
         raise InputError(f"{entry}: is empty; it must hold the text to train on")
-    said = "; ".join(
-        f"{len(n)} {why} ({n[0]}{', ...' * (len(n) > 1)})" for why, n in left_out.items()
-    )
-    return Listing(tuple(files), commit), said
+    return Listing(tuple(files), commit), in_words(left_out)
 
 
 def _has_magic(pattern: str) -> bool:

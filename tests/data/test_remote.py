@@ -387,6 +387,8 @@ def hub_here(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
 def test_a_folder_of_the_hub(tmp_path: Path, hub_here: Hub) -> None:
     """Every file below it that is a text by its name; what is left out is said."""
     (tmp_path / "remote/data/.hidden.txt").write_text("no")
+    (tmp_path / "remote/data/.old").mkdir()
+    shutil.copy(tmp_path / "remote/data/a.parquet", tmp_path / "remote/data/.old/a.parquet")
     for entry, names in (
         ("hf://datasets/some/texts", ["a.parquet", "b.parquet", "all.jsonl"]),
         ("hf://datasets/some/texts/data/deeper", ["all.jsonl"]),
@@ -398,8 +400,8 @@ def test_a_folder_of_the_hub(tmp_path: Path, hub_here: Hub) -> None:
         assert (source.commit is not None) == entry.startswith("hf")
         assert said[0].startswith(f"{entry}: {len(names)} file")
         assert said[1:] == [
-            f"{entry}: left out: 2 of other kinds (README.md, ...); 1 hidden (.hidden.txt); "
-            "1 empty (empty.txt)"
+            f"{entry}: left out: 1 empty (empty.txt); 2 hidden (.hidden.txt, ...); "
+            "2 of other kinds (README.md, ...)"
         ] * entry.endswith("texts")
 
 
