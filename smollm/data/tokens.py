@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from smollm.data import hashes
+from smollm.data.hashes import Identity
 from smollm.errors import InputError, first_line
 
 NAME = "tokens.npy"  # of the cache's own
@@ -70,9 +72,15 @@ class _Opened(NamedTuple):
 
 
 @functools.lru_cache(maxsize=OPEN)  # of the process: a user may open some 1,024 files
-def _opened(path: Path) -> _Opened:
-    """A token file of any kind, opened once."""
+def _opened(path: Path, identity: Identity) -> _Opened:
+    """A token file of any kind, opened once.
+
+    Raises:
+        InputError: it is another file than that of this identity.
+    """
     tokens = open_tokens(path)
+    if hashes.identity(path) != identity:
+        raise InputError(f"{path}: was replaced while it was in use; start again")
     return _Opened(open(path, "rb", buffering=0), tokens.dtype, tokens.offset)
 
 
@@ -91,6 +99,7 @@ class Tokens:
         self.parts = [part for part in parts if part[2] > part[1]]
         lengths = [stop - start for _, start, stop in self.parts]
         self.ends = np.cumsum(lengths, dtype=np.int64) if lengths else np.zeros(0, np.int64)
+        self.identities: dict[Path, Identity] = {}  # of the files, when each was first read
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
@@ -116,7 +125,9 @@ class Tokens:
             InputError: the disk does not deliver them.
         """
         try:
-            file, dtype, offset = _opened(path)
+            if path not in self.identities:
+                self.identities[path] = hashes.identity(path)
+            file, dtype, offset = _opened(path, self.identities[path])
             tokens = np.empty(count, dtype)
             content, done = memoryview(tokens).cast("B"), 0
             while done < len(content):

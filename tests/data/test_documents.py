@@ -78,7 +78,7 @@ REFUSED = {
     "NUL in the second MB": (b"a \n" * (MB // 2) + b"\0aaa", ["byte 1572864 is NUL"]),
     "zip": (zipped(BODY.encode()), ["compressed with zip", "unzip"]),
     "tar": (tarred(BODY.encode()), ["is a tar archive", "unpack it"]),
-    "zstd in name only": (b"\x28\xb5\x2f\xfd" + b"abc" * 50, ["is damaged", "fetch or compress"]),
+    "zstd in name only": (b"\x28\xb5\x2f\xfd" + b"abc" * 50, ["is damaged", "compress it anew"]),
     "an image": (b"\x89PNG\r\n\x1a\n" + b"abc" * 99, ["byte 0 is not UTF-8"]),
 }
 

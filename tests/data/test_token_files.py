@@ -12,7 +12,7 @@ import pytest
 from data_helpers import held_out, prepare, tokens_of
 from tokenizers import Tokenizer, models
 
-from smollm.data import shards, token_files
+from smollm.data import shards, token_files, tokens
 from smollm.data.documents import SEPARATOR
 from smollm.data.tokens import OPEN, Tokens
 from smollm.errors import ConfigError, InputError
@@ -171,6 +171,20 @@ def test_a_file_that_is_cut_while_a_run_uses_it(tmp_path, settings):
     assert corpus.train[:3].tolist() == GOOD[:3]
     with pytest.raises(InputError, match=r"a\.bin: was cut short while it was in use"):
         corpus.train[:]
+
+
+def test_a_file_that_is_replaced_while_a_run_uses_it(tmp_path):
+    """The open one is read on; where it is opened again, that is an error, and not other ids."""
+    path = write_nano(tmp_path / "a.bin", GOOD)
+    used = token_files.stored(path)
+    assert used[:3].tolist() == [5, 6, 7]
+    path.unlink()
+    write_nano(path, [900] * 60)
+    assert used[:3].tolist() == [5, 6, 7]
+    tokens._opened.cache_clear()  # as when many other files were read meanwhile
+    with pytest.raises(InputError, match=r"a\.bin: was replaced while it was in use"):
+        used[:3]
+    assert token_files.stored(path)[:3].tolist() == [900, 900, 900]
 
 
 def test_kinds_of_files_in_a_folder(tmp_path, settings):
