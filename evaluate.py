@@ -101,7 +101,7 @@ def held_out(found: Pretrained, config: Config, sources: list[str]) -> HeldOut:
         return HeldOut(names, made.held_out(most), made.tokens - len(made.train), made.tokenizer)
     parts = {}
     for number, source in enumerate(sources):
-        data = replace(config.data, input_files=(), weights=(), validation_file=source)
+        data = replace(config.data, input_files=(), validation_file=source)
         made = token_cache.prepare(replace(config, data=data), found.tokenizer(), cli.warn)
         parts[number] = made.parts[0].validation
     tokens = sum(len(part) for part in parts.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from fractions import Fraction
 from pathlib import Path
@@ -124,6 +125,14 @@ def test_other_weights_go_on_where_each_source_was():
         assert own == first_tokens(alone, 1, len(own) // 8)
 
 
+def test_sources_of_one_size_have_orders_of_their_own():
+    """The same offsets and permutations would show the same places of both, side by side."""
+    sources = [np.arange(first, first + 1000).astype(np.uint16) for first in (0, 10000)]
+    starts = first_tokens(TokenDataset(sources, 7, 4, 42, weights=(1.0, 1.0)), 1, 50)
+    first, second = ([start % 10000 for start in starts if start // 10000 == n] for n in (0, 1))
+    assert first != second
+
+
 def test_one_source_with_a_weight_is_the_source_alone():
     """The order of windows is that of a run without weights."""
     tokens = np.arange(1000, dtype=np.uint16)
@@ -168,6 +177,9 @@ def test_a_run_over_a_mixture(tmp_path: Path) -> None:
         assert ("windows in another order" in other.stdout) == (run == "none")
         assert ("the new weights hold from here on" in other.stdout) == (run == "other")
         assert (losses(tmp_path, run) == second_half) == (run == "same")
+        state = json.loads((tmp_path / run / "checkpoints/latest/trainer_state.json").read_text())
+        windows = {"same": 32, "other": 16, "none": None}[run]  # of the schedule, 4 a step
+        assert state["position"].get("scheduled") == windows
     words = ["--checkpoint", "run/checkpoints/latest", "--input_file", "b.txt"]
     done = call(tmp_path, [*command("evaluate.py")[:2], *words])
     assert done.returncode == 0 and "bits per byte" in done.stdout, done.stdout

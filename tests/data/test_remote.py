@@ -65,6 +65,14 @@ def hub(tmp_path: Path, texts: list[str]) -> Iterator[Hub]:
         yield server
 
 
+@pytest.fixture
+def hub_here(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """The server, for what hf:// means in this process."""
+    monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": hub.address})
+    huggingface_hub.HfFileSystem.clear_instance_cache()
+    return hub
+
+
 def run(directory: Path, hub: Hub, *words: str, name: str = "run", **extra: str):
     """train.py, led to the server."""
     home = {"HF_HOME": str(directory / "home"), **hub.environment, **extra}
@@ -303,13 +311,14 @@ def test_a_run_keeps_the_commit_that_it_started_with(tmp_path: Path, hub: Hub, t
     assert taken.returncode == 0 and f"commit {NEW[:12]}" in taken.stdout, taken.stdout
 
 
-def test_a_revision_that_is_named(tmp_path: Path, hub: Hub) -> None:
+def test_a_revision_that_is_named(tmp_path: Path, hub_here: Hub) -> None:
     """After an @: a branch, or a commit."""
-    for revision, code in (("main", 0), (hub.commit, 0), ("v9", 3)):
+    for revision in ("main", hub_here.commit):
         entry = f"hf://datasets/some/texts@{revision}/data/a.parquet"
-        done = run(tmp_path, hub, "--input_file", entry, "--dry_run")
-        assert done.returncode == code, done.stdout
-    assert f"{entry}: there is no such revision" in done.stdout
+        (source,) = files.find([entry], tmp_path / "cache", print)
+        assert source.commit == hub_here.commit
+    with pytest.raises(InputError, match=r"@v9/data/a\.parquet: there is no such revision"):
+        files.find(["hf://datasets/some/texts@v9/data/a.parquet"], tmp_path / "cache", print)
 
 
 # --- refusals ------------------------------------------------------------------------------------
@@ -348,11 +357,11 @@ def test_a_login(tmp_path: Path, hub: Hub) -> None:
         ("file:///nowhere/a.txt", "file:///nowhere/a.txt: matches no file; mind the spelling"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_found(tmp_path: Path, hub: Hub, entry: str, said: str) -> None:
-    """Exit 3, one line, with what is there or what to do."""
-    done = run(tmp_path, hub, "--input_file", entry, "--dry_run")
-    errors = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 3 and len(errors) == 1 and said in errors[0], done.stdout
+def test_what_cannot_be_found(tmp_path: Path, hub_here: Hub, entry: str, said: str) -> None:
+    """One line, with what is there or what to do."""
+    with pytest.raises(InputError) as caught:
+        files.find([entry], tmp_path / "cache", print)
+    assert said in str(caught.value) and len(str(caught.value).splitlines()) == 1
 
 
 def test_no_network(tmp_path: Path, hub: Hub, monkeypatch) -> None:
@@ -374,14 +383,6 @@ def test_no_network(tmp_path: Path, hub: Hub, monkeypatch) -> None:
     assert done.returncode == 3, done.stdout
     assert f"{url}: https:// needs the package aiohttp" in done.stdout
     assert "pip install aiohttp" in done.stdout
-
-
-@pytest.fixture
-def hub_here(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
-    """The server, for what hf:// means in this process."""
-    monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": hub.address})
-    huggingface_hub.HfFileSystem.clear_instance_cache()
-    return hub
 
 
 def test_a_folder_of_the_hub(tmp_path: Path, hub_here: Hub) -> None:
@@ -452,11 +453,12 @@ def test_a_place_in_a_stream() -> None:
         }),
     ],
 )  # fmt: skip
-def test_the_recipes_find_their_data(tmp_path: Path, texts, name: str, files) -> None:
+def test_the_recipes_find_their_data(
+    tmp_path: Path, texts, small_tokenizer: Path, name: str, files
+) -> None:
     """configs/ that name data sets of the Hub, by the names that they have there: dry runs with a
     small model."""
     write_tiny(tmp_path)
-    assert train(tmp_path, "--train_steps", "1").returncode == 0  # a tokenizer to use
     repositories = {}
     for repository, names in files.items():
         repositories[repository] = tmp_path / repository
@@ -464,7 +466,7 @@ def test_the_recipes_find_their_data(tmp_path: Path, texts, name: str, files) ->
             write_parquet(tmp_path / repository / file, texts[number * 100 : number * 100 + 100])
     small = [
         "model.hidden_size=32", "model.num_attention_heads=2", "model.num_hidden_layers=1",
-        "model.intermediate_size=64", "tokenizer.source=run/checkpoints/step_000001",
+        "model.intermediate_size=64", f"tokenizer.source={small_tokenizer}",
         f"data.cache_dir={tmp_path / 'cache'}", "data.sequence_length=64", "wandb.mode=disabled",
     ]  # fmt: skip
     if name == "fineweb-edu":

@@ -83,17 +83,18 @@ def estimated(case: str, size: str) -> int:
     return peak_bytes(config.model, tokens, mode, how != "eager", optimizer=optimizer)
 
 
-# Whose graphs take minutes, by night: the documented rows of two modes, of which two layers are
+# Whose graphs take minutes, by night: the documented rows of compiled runs, of which two layers are
 # compared by day, and further shapes, the eager rows of one of which are.
 TWO = "model.num_hidden_layers=2"
-NIGHT = ("selective, all layers", "full, all layers", "slim", "wide")
+NIGHT = ("none, all layers", "selective, all layers", "full, all layers", "slim", "wide")
 MODES = ("none", "selective", "full")
 # Muon's own step is the peak where the layers' matrices are large and the tokens few.
 MUON = "training.optimizer=muon model.vocab_size=1024 model.num_hidden_layers=16"
 CASES = {
-    "none": [f"none compiled {FULL}"],
+    "none": [f"none compiled {TWO}"],
     "selective": [f"selective compiled {TWO}"],
     "full": [f"full compiled {TWO}"],
+    "none, all layers": [f"none compiled {FULL}"],
     "selective, all layers": [f"selective compiled {FULL}"],
     "full, all layers": [f"full compiled {FULL}"],
     "eager": [*(f"{mode} eager {shape}" for mode in MODES for shape in (FULL, NARROW, SLIM)),
