@@ -25,6 +25,7 @@ from tokenizers import Tokenizer
 
 from smollm.data import files, formats, listing, remote, sources
 from smollm.data.documents import SEPARATOR
+from smollm.data.hashes import key
 from smollm.data.remote import RemoteFile
 from smollm.data.sources import Reader
 from smollm.errors import InputError
@@ -275,8 +276,8 @@ def test_parquet_from_a_server_that_gives_whole_files_only(
 
 
 def test_a_run_keeps_the_commit_that_it_started_with(tmp_path: Path, hub: Hub, texts) -> None:
-    """While main goes on: resumed with its cache, without a network, with an empty cache, the run
-    is the same; a new run sees the new text once the list is removed; a commit that is gone."""
+    """While main goes on: resumed with its cache and no network, with an empty cache, with that of a
+    newer run, it is the same; what it finds is not what a new run sees; a commit that is gone."""
     words = ["--input_file", ENTRY, *STEPS, "data.cache_dir=cache"]
     whole = run(tmp_path, hub, *words, name="whole")
     assert whole.returncode == 0, whole.stdout
@@ -288,20 +289,22 @@ def test_a_run_keeps_the_commit_that_it_started_with(tmp_path: Path, hub: Hub, t
     write_parquet(tmp_path / "remote/data/b.parquet", texts[100:140])
     hub.commit, hub.earlier = NEW, {first: old}
     resume = [*words, "--resume", "whole/checkpoints/step_000003"]
+    fresh = run(tmp_path, hub, *words, "data.cache_dir=new", name="fresh")
+    assert f", commit {NEW[:12]} (kept in" in fresh.stdout, fresh.stdout
+    assert losses(tmp_path, "fresh") != losses(tmp_path, "whole")
+    expected = {step: loss for step, loss in losses(tmp_path, "whole").items() if step > 3}
     for name, cache, extra in (
         ("kept", "cache", {"HF_HUB_OFFLINE": "1"}),
         ("empty", "other", {}),
+        ("newer", "new", {}),
     ):
         done = run(tmp_path, hub, *resume, f"data.cache_dir={cache}", name=name, **extra)
         assert done.returncode == 0, done.stdout
-        expected = {step: loss for step, loss in losses(tmp_path, "whole").items() if step > 3}
         assert losses(tmp_path, name) == expected
-    again = run(tmp_path, hub, *words, name="again")
-    assert losses(tmp_path, "again") == losses(tmp_path, "whole") and again.returncode == 0
-    # What the resumed run has found in its cache is not what a new run sees.
-    fresh = run(tmp_path, hub, *words, "data.cache_dir=other", name="fresh")
-    assert losses(tmp_path, "fresh") != losses(tmp_path, "whole"), fresh.stdout
-    assert f", commit {NEW[:12]} (kept in" in fresh.stdout
+    for cache, commit in (("cache", first), ("new", NEW)):  # a new run sees what a new run saw
+        found = json.loads((tmp_path / cache / f"remote-{key(ENTRY)}.json").read_text())
+        assert found["commit"] == commit
+    assert not (tmp_path / "other" / f"remote-{key(ENTRY)}.json").exists()
     hub.earlier.clear()
     gone = run(tmp_path, hub, *resume, "data.cache_dir=third", name="gone")
     assert gone.returncode == 3, gone.stdout
