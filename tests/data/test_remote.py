@@ -276,7 +276,7 @@ def test_parquet_from_a_server_that_gives_whole_files_only(
 
 
 def test_a_run_keeps_the_commit_that_it_started_with(tmp_path: Path, hub: Hub, texts) -> None:
-    """While main goes on: resumed with its cache and no network, with an empty cache, with that of a
+    """While main goes on: resumed with its cache and no network, with an empty cache, with one of a
     newer run, it is the same; what it finds is not what a new run sees; a commit that is gone."""
     words = ["--input_file", ENTRY, *STEPS, "data.cache_dir=cache"]
     whole = run(tmp_path, hub, *words, name="whole")
