@@ -79,14 +79,16 @@ def find(
 def _source(entry: str, log: Log) -> Source:
     """The source of one entry."""
     found = _files(entry, log)
-    tokens = [path for path in found if is_token_file(path)]
-    if tokens and len(tokens) < len(found):
-        text = next(path for path in found if path not in tokens)
-        raise InputError(
-            f"{entry}: holds tokens ({tokens[0].name}) and texts ({text.name}); name each of these "
-            "kinds as a source of its own"
+    are_tokens = {path: is_token_file(path) for path in found}
+    if len(set(are_tokens.values())) == 2:
+        token_file, text = (
+            next(p for p in found if are_tokens[p] is kind) for kind in (True, False)
         )
-    return Source(entry, tuple(found), bool(tokens))
+        raise InputError(
+            f"{entry}: holds tokens ({token_file.name}) and texts ({text.name}); name each of "
+            "these kinds as a source of its own"
+        )
+    return Source(entry, tuple(found), all(are_tokens.values()))
 
 
 def _remote_source(entry: str, cache: Path, commit: str | None, log: Log) -> Source:
@@ -119,7 +121,8 @@ def _download(file: RemoteFile) -> str:
 def _files(entry: str, log: Log) -> list[Path]:
     """The files of one entry, sorted."""
     path = Path(entry)
-    if (typo := re.match(r"(hf|https?|s3):?/+", entry)) and not path.exists():
+    typo = re.match(r"(hf|https?|s3):?/+", entry)
+    if typo and not Path(entry.partition("/")[0]).exists():
         raise InputError(f"{entry}: is no file; did you mean {typo[1]}://{entry[typo.end() :]}?")
     if not entry:
         raise InputError("data.input_files: holds an empty name; name a file, a folder or a glob")

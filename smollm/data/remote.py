@@ -347,7 +347,8 @@ def _refusal(where: str, error: BaseException) -> str:
     page = re.match(r"(datasets/)?([\w.-]+/[\w.-]+)", where.removeprefix(HUB))
     if "OfflineModeIsEnabled" in names:
         return "cannot be read: HF_HUB_OFFLINE is set; unset it"
-    if is_hub and isinstance(error, (ValueError, NotImplementedError)):
+    is_answer_odd = "JSONDecodeError" in names  # of a login page between here and the Hub
+    if is_hub and isinstance(error, (ValueError, NotImplementedError)) and not is_answer_odd:
         return f"is not hf://datasets/OWNER/NAME/PATTERN ({first_line(error)[:SAID].strip(' .')})"
     if "GatedRepoError" in names:
         return (

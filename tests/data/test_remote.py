@@ -388,6 +388,16 @@ def test_no_network(tmp_path: Path, hub: Hub, monkeypatch) -> None:
     assert "pip install aiohttp" in done.stdout
 
 
+def test_a_folder_that_is_named_as_a_protocol(tmp_path: Path, monkeypatch) -> None:
+    """hf/*.txt is a glob where a folder hf is."""
+    monkeypatch.chdir(tmp_path)
+    write_tiny(tmp_path / "hf")
+    (source,) = files.find(["hf/*.txt"], tmp_path / "cache", print)
+    assert [str(path) for path in source.files] == ["hf/text.txt"]
+    with pytest.raises(InputError, match=r"s3/\*\.txt: is no file; did you mean s3://\*\.txt"):
+        files.find(["s3/*.txt"], tmp_path / "cache", print)
+
+
 def test_a_folder_of_the_hub(tmp_path: Path, hub_here: Hub) -> None:
     """Every file below it that is a text by its name; what is left out is said."""
     (tmp_path / "remote/data/.hidden.txt").write_text("no")
