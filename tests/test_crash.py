@@ -102,7 +102,7 @@ def _survives(directory: Path, kills: int, seed: int, fork: bool, forty: list[Pa
         where = directory / f"{trial}"
         write_tiny(where)
         hits += _kill_until(where, kills - hits, seed * 100 + 2 * trial + seed % 2, fork)
-        result = train(where, *RESUME, *FORTY[seed % 2], "training.save_steps=1")
+        result = train(where, *RESUME, *FORTY[seed % 2], "training.save_steps=1", PLOTS="1")
         assert result.returncode == 0, result.stdout
         assert_same_end(where, forty[seed % 2], 40)
         trial += 1
