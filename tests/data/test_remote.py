@@ -235,7 +235,7 @@ def test_a_plain_web_server(tmp_path: Path, texts: list[str]) -> None:
     write_tiny(tmp_path / "www")
     handler = functools.partial(Quiet, directory=str(tmp_path / "www"))
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
         url = f"http://127.0.0.1:{server.server_port}"
         (source,) = files.find([f"{url}/*.txt"], tmp_path / "cache", print)
