@@ -45,6 +45,7 @@ def main() -> int:
             file.truncate(2 * count)
 
         def construct() -> TokenDataset:
+            """The data set of the file."""
             tokens = Tokens([(path, 0, len(open_tokens(path)))])
             return TokenDataset([tokens], length, per_step, config.training.seed)
 

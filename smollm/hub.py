@@ -11,6 +11,7 @@ from smollm import ranks
 from smollm.errors import InputError, first_line
 
 PREFIX = "hf://"  # says for certain that a word is an id
+COMMIT = re.compile(r"[0-9a-f]{40}")
 _ID = re.compile(r"[A-Za-z0-9_-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 _CHECKPOINT = re.compile(r".*/(latest|best|step_\d+)")
 

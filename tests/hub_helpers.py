@@ -27,6 +27,8 @@ class Hub:
     token: str | None = None  # without which nothing is given
     ranges: bool = True  # whether parts of files are given
     announced: float = 1.0  # of the size of a file, as HEAD says it
+    restless: bool = False  # whether each answer names another version of a file
+    answers: int = 0  # about files
     faults: list[str] = field(default_factory=list)  # of the next downloads: "503", "cut" or ""
     asked: list[str] = field(default_factory=list)  # the names of files
     listed: list[str] = field(default_factory=list)  # the paths of what was asked of the API
@@ -98,8 +100,9 @@ class _Handler(BaseHTTPRequestHandler):
         if not path.is_file():
             return self.refuse(404, "EntryNotFound")
         content, code = path.read_bytes(), 200
+        self.hub.answers += 1
         headers = {
-            "ETag": f'"{sha1(content).hexdigest()}"',
+            "ETag": f'"{sha1(content).hexdigest()}{self.hub.answers * self.hub.restless}"',
             "X-Repo-Commit": self.hub.commit if revision == "main" else revision,
         }
         if self.command == "GET":

@@ -1,17 +1,15 @@
 """Which checkpoint a run starts from, and whether it may go on from there. Imports no torch."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from smollm import atomic
+from smollm import atomic, hub
 from smollm.checkpoint import store
 from smollm.config import Config, FixedModel, differences, replace_training, shares
 from smollm.config_reader import from_saved
 from smollm.errors import CheckpointError, ConfigError
 
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 # Keys that change what a model computes, perhaps without changing the shapes of its weights.
 _FUNCTION_KEYS = (
     "architecture", "num_attention_heads", "num_key_value_heads", "tie_word_embeddings",
@@ -194,7 +192,7 @@ def commits(trainer_state: dict[str, Any]) -> dict[str, str]:
     found = trainer_state.get("data", {}).get("commits")
     entries = found.items() if isinstance(found, dict) else ()
     return {
-        entry: commit for entry, commit in entries if _COMMIT.fullmatch(str(commit)) is not None
+        entry: commit for entry, commit in entries if hub.COMMIT.fullmatch(str(commit)) is not None
     }
 
 

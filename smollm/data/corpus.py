@@ -39,7 +39,7 @@ class Corpus:
     end: int  # the id of the end-of-text token
     tokenizer_config: dict[str, Any]  # see `tokenizer.Chosen`
     documents: int
-    text_bytes: int | None  # of the documents' texts, in UTF-8; None where there are but tokens
+    text_bytes: int | None  # of the documents' texts, in UTF-8; None where a source holds tokens
     fingerprint: dict[str, Any]  # of the text, the tokenizer and the split
 
     @property

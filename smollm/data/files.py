@@ -95,6 +95,7 @@ def _remote_source(entry: str, cache: Path, commit: str | None, log: Log) -> Sou
     """The source of a URL."""
 
     def reason(name: str) -> str | None:
+        """Why a file below a folder is left out; None where it is taken."""
         if any(part.startswith(".") for part in Path(name).parts):
             return "hidden"
         return None if ending(Path(name)) in ENDINGS.keys() - {".md"} else "of other kinds"

@@ -154,6 +154,8 @@ def is_token_file(path: Path) -> bool:
     Raises:
         InputError: it does, and cannot be used as it is.
     """
+    if ending(path) in ENDINGS:  # not opened: a folder may have thousands
+        return False
     with reading(path), opened(path) as raw:
         has_header = tokens.is_shard(raw.read(4))
     if not has_header and ending(path) != TOKENS:

@@ -126,6 +126,7 @@ def _ask(
     left_out: dict[str, list[str]] = {}
 
     def ask() -> dict[str, dict[str, Any]]:
+        """What the server says of each file, by its name there."""
         system, pattern = system_of(pinned)
         if _has_magic(pattern):
             found = system.glob(pattern, detail=True, **plain)

@@ -1,7 +1,6 @@
 """Which source each training window is of, where sources are mixed by weight."""
 
 import functools
-import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -60,5 +59,4 @@ class Schedule:
 
     def sources(self, first: int, count: int) -> list[int]:
         """The sources of `count` windows from number `first` on, which counts from 0."""
-        places = itertools.islice(itertools.count(first), count)
-        return [int(self._pattern[place % self.period]) for place in places]
+        return self._pattern[np.arange(first, first + count) % self.period].tolist()

@@ -19,12 +19,13 @@ from urllib.parse import urlsplit
 
 from smollm.data.hashes import Identity, key
 from smollm.errors import InputError, UserError, first_line
+from smollm.hub import COMMIT
 from smollm.hub import PREFIX as HUB
 
 if TYPE_CHECKING:  # imported where it is used: most inputs are files of this machine
     import fsspec
 
-OF_COMMIT = re.compile(r"@([0-9a-f]{40})(?=/)")  # in a URL of the Hub
+OF_COMMIT = re.compile(rf"@({COMMIT.pattern})(?=/)")  # in a URL of the Hub
 FETCHED = 1 << 23  # bytes that are asked for at once, of a file that is read in parts
 BUFFER = 1 << 20  # bytes that are read at once
 FIRST_WAITS = (1, 2, 4)  # seconds from one try to the next, before anything was read
@@ -67,6 +68,7 @@ class RemoteFile:
             return
 
         def ask() -> RemoteFile:
+            """The file as it is now."""
             system, path = system_of(self.url)
             system.invalidate_cache()
             return described(self.url, system.info(path))
@@ -176,9 +178,13 @@ class _Stream(io.RawIOBase):
 
     def _connect(self) -> None:
         """Open it: as one stream where that is enough and the protocol has streams."""
-        system, path = system_of(self.file.url)
         streams = self.file.url.startswith((HUB, "http"))
-        block = 0 if streams and not self.block and not self.position else self.block or FETCHED
+        is_stream = streams and not self.block and not self.position
+        self._open(0 if is_stream else self.block or FETCHED)
+
+    def _open(self, block: int) -> None:
+        """Open it at its start, to be asked for `block` bytes at once; 0: as one stream."""
+        system, path = system_of(self.file.url)
         self.connection, self.place = system.open(path, "rb", block_size=block), 0
 
     def _move(self) -> None:
@@ -196,8 +202,7 @@ class _Stream(io.RawIOBase):
                     "parts; download it"
                 ) from error
             self._leave()
-            system, path = system_of(self.file.url)
-            self.connection = system.open(path, "rb", block_size=0)
+            self._open(0)
             left = self.position
             while left and (passed := len(self.connection.read(min(left, BUFFER)))):
                 left -= passed

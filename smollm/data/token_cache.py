@@ -81,7 +81,10 @@ def prepare(
                     if source.commit is None:
                         listing.forget(source.name, cache)
                 sources = files.find(entries, cache, log, commits)
-                found = _prepare(config, sources, given, log, workers)
+                try:
+                    found = _prepare(config, sources, given, log, workers)
+                except ChangedOnServerError as again:
+                    raise InputError(f"{again} again; start when it stays as it is") from again
     except OSError as error:
         raise InputError(
             f"data.cache_dir {cache}: {error.strerror or error} ({error.filename or cache}); make "

@@ -195,6 +195,14 @@ def test_a_file_that_was_changed_before_it_was_tokenized(
     assert f"{url}: was changed on its server: looking again" in said
 
 
+def test_a_file_that_never_stays_as_it_is(tmp_path: Path, hub: Hub, settings) -> None:
+    """It is looked for once more, not for ever."""
+    hub.restless = True
+    url = f"{hub.address}/datasets/some/texts/resolve/main/data/deeper/all.jsonl"
+    with pytest.raises(InputError, match="changed on its server again; start when it stays as it"):
+        prepare(settings(), url)
+
+
 @pytest.mark.parametrize("ranges", [True, False])
 @pytest.mark.parametrize(
     ("announced", "said"), [(2.0, r"ends after [\d,]+ bytes"), (0.5, "has more")]
