@@ -300,7 +300,7 @@ def _check(arguments: argparse.Namespace, config: Config) -> None:
     if arguments.peer and missing:
         raise ConfigError(
             f"--peer {','.join(arguments.peer)}: {' and '.join(missing)} cannot be imported; "
-            "pip install -r requirements-dev.txt, or leave --peer out"
+            "pip install -r requirements-eval.txt, or leave --peer out"
         )
     if arguments.peer and "train" in arguments.only and config.training.optimizer != "adamw":
         raise ConfigError(

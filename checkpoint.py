@@ -1,10 +1,13 @@
-"""List and verify checkpoints.
+"""List, verify and export checkpoints.
 
 python checkpoint.py list checkpoints              what is there, and why it is kept
 python checkpoint.py verify checkpoints            check every file of every checkpoint
 python checkpoint.py verify checkpoints/step_005000
+python checkpoint.py export checkpoints/best --format gguf --output model.gguf       for llama.cpp
+python checkpoint.py export checkpoints/best --format safetensors-bf16 --output model  for the Hub
 """
 
+import argparse
 import os
 import sys
 from pathlib import Path
@@ -13,9 +16,9 @@ if __name__ == "__main__":  # PYTHONSAFEPATH leaves the script's folder out
     sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from smollm import atomic, cli
-from smollm.checkpoint import store
+from smollm.checkpoint import export, pretrained, store
 from smollm.config import CheckpointConfig
-from smollm.errors import CheckpointError, printable
+from smollm.errors import CheckpointError, ConfigError, printable
 
 
 def list_checkpoints(root: Path) -> int:
@@ -58,18 +61,61 @@ def verify(path: Path) -> int:
     return CheckpointError.exit_code if bad else 0
 
 
+def export_model(arguments: argparse.Namespace) -> int:
+    """Write a model for other programs; returns the exit code."""
+    is_gguf = arguments.format == "gguf"
+    if is_gguf:
+        export.require_gguf()
+    elif arguments.dtype:
+        raise ConfigError("--dtype goes with --format gguf; safetensors-bf16 is bf16")
+    dtype = arguments.dtype or "f16"
+    if arguments.output:
+        export.require_new(arguments.output)
+    found = pretrained.find(arguments.checkpoint)
+    name = Path(found.name).resolve().name
+    output = arguments.output or Path(f"{name}-{dtype}.gguf" if is_gguf else f"{name}-bf16")
+    if is_gguf:
+        export.write_gguf(found, output, dtype)
+    else:
+        export.write_bf16(found, output)
+    files = [output] if is_gguf else output.iterdir()
+    size = sum(path.stat().st_size for path in files)
+    what = f"GGUF, {dtype}" if is_gguf else "safetensors, bf16"
+    cli.say(f"{output}: {found.name} ({found.model.architecture}) as {what}, {size / 1e6:.1f} MB")
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
-    """List or verify checkpoints; returns the exit code.
+    """List, verify or export checkpoints; returns the exit code.
 
     Args:
         argv: the words of the command line after the script's name; None: the process's own.
     """
     parser = cli.ArgumentParser(description=__doc__)
-    parser.add_argument("action", choices=("list", "verify"))
-    parser.add_argument("path", type=cli.path, help="a save_dir; for verify also one checkpoint")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="list|verify|export")
+    for name, help_ in (("list", "a save_dir"), ("verify", "a save_dir, or one checkpoint")):
+        action = actions.add_parser(name)
+        action.add_argument("path", type=cli.path, help=help_)
+    action = actions.add_parser("export")
+    action.add_argument(
+        "checkpoint", type=cli.model, metavar="DIR_OR_HUB_ID",
+        help="a checkpoint, a model's directory (Hugging Face's form), or owner/name of the Hub",
+    )  # fmt: skip
+    action.add_argument(
+        "--format", choices=("gguf", "safetensors-bf16"), required=True,
+        help="a file for llama.cpp and ollama; a directory for the Hub, without training state",
+    )  # fmt: skip
+    action.add_argument(
+        "--dtype", choices=export.DTYPES, help="of a GGUF file's matrices; vectors are f32 (f16)"
+    )
+    action.add_argument(
+        "--output", type=cli.path, metavar="PATH",
+        help="what is written, new (here, named after the checkpoint)",
+    )  # fmt: skip
     arguments = parser.parse_args(argv)
-    action = list_checkpoints if arguments.action == "list" else verify
-    return action(arguments.path)
+    if arguments.action == "export":
+        return export_model(arguments)
+    return (list_checkpoints if arguments.action == "list" else verify)(arguments.path)
 
 
 if __name__ == "__main__":

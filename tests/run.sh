@@ -11,7 +11,7 @@ case " $* " in *" -h "* | *" --help "*)
     exit 0
     ;;
 esac
-REQUIREMENTS="requirements.txt requirements-dev.txt"
+REQUIREMENTS="requirements.txt requirements-dev.txt requirements-eval.txt requirements-export.txt"
 source ./env.sh || exit
 export WANDB_MODE=${WANDB_MODE:-disabled}
 echo "seeds: ${SEED:-as written in the tests; SEED=n sets another for flips, fuzz and kills while saving}"

@@ -13,7 +13,7 @@ import contextlib
 import math
 import os
 import re
-import shutil
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,11 +131,13 @@ def manifest_sha256(directory: Path) -> str | None:
 # --- writing -------------------------------------------------------------------------------------
 
 
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """safetensors' save_file, with the system's error as an OSError."""
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """safetensors' save_file, with the system's error as an OSError and the mode of any file."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    path.touch()
+    mode = path.stat().st_mode  # save_file makes it 0600
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
@@ -143,6 +145,7 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+    path.chmod(stat.S_IMODE(mode))
 
 
 def write(root: Path, checkpoint: Checkpoint) -> int:
@@ -162,11 +165,9 @@ def write(root: Path, checkpoint: Checkpoint) -> int:
     try:
         fault_injection.point("save.begin")
         atomic.write_json(temporary / TRAINER_STATE, checkpoint.trainer_state)
-        _save_tensors(checkpoint.weights, temporary / WEIGHTS)
+        save_tensors(checkpoint.weights, temporary / WEIGHTS)
         fault_injection.point("save.weights")
-        _save_tensors(checkpoint.training_state, temporary / TRAINING_STATE)
-        for name in (WEIGHTS, TRAINING_STATE):  # safetensors makes them with mode 0600
-            shutil.copymode(temporary / TRAINER_STATE, temporary / name)
+        save_tensors(checkpoint.training_state, temporary / TRAINING_STATE)
         for name, content in checkpoint.documents.items():
             if isinstance(content, str):
                 (temporary / name).write_text(content, encoding="utf-8")
