@@ -3,15 +3,19 @@
     python generate.py --checkpoint checkpoints/latest
     python generate.py --checkpoint checkpoints/step_005000 --prompt "The sea" --num_samples 5
     python generate.py --checkpoint checkpoints/best --prompt "The sea" --temperature 0 --json
+    python generate.py --checkpoint checkpoints/best --interactive
 
-Each sample has a seed of its own, so it does not depend on the others. torch is imported only after
+Each sample has a seed of its own, so it does not depend on the others. A single one is shown on a
+terminal as it comes. --interactive continues each line that is typed. torch is imported only after
 everything that can be checked without it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import itertools
 import json
 import secrets
 import sys
@@ -28,6 +32,9 @@ from smollm.config_reader import parse_generation
 from smollm.errors import CheckpointError, ConfigError, printable
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from model import CausalLM
     from smollm.generation import Sample
 
 LAYOUT = "\n\t"  # control characters that belong to a text
@@ -50,26 +57,94 @@ def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--num_samples", help="(3)")
     parser.add_argument("--seed", type=int, help="repeats the same samples; default: a new one")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--interactive", action="store_true",
+        help="continue each line that is typed; Ctrl-C stops a text, Ctrl-D ends",
+    )  # fmt: skip
+    arguments = parser.parse_args(argv)
+    if arguments.interactive:
+        others = ("prompt", "num_samples", "json")
+        if given := [f"--{name}" for name in others if getattr(arguments, name)]:
+            raise ConfigError(f"--interactive does not go with {', '.join(given)}")
+        if sys.stdin is None:
+            raise ConfigError("--interactive: there is no standard input")
+    return arguments
 
 
-def _samples(
-    source: str, settings: GenerationConfig, seed: int, is_length_given: bool
-) -> list[Sample]:
-    """Samples from a checkpoint, or from the model of another tool."""
-    found = pretrained.find(source)
-    from smollm import generation, hardware  # imports torch
+def _load(source: str) -> tuple[CausalLM, Tokenizer, int]:
+    """The model, its tokenizer, and the end-of-text token."""
+    directory = atomic.follow(Path(source))
+    while True:
+        try:
+            found = pretrained.find(source)
+            from smollm import hardware  # imports torch
 
-    device = hardware.choose_device("auto")
-    dtype = hardware.choose_dtype("auto", device)
-    tokenizer, end = pretrained.load_tokenizer(found)
-    model = pretrained.load(found, device, dtype)
-    limit = model.config.max_position_embeddings
-    if settings.max_length > limit:
-        if is_length_given:
-            raise ConfigError(f"--max_length: got {settings.max_length}, the model has {limit}")
-        settings = dataclasses.replace(settings, max_length=limit)
-    return generation.generate(model, tokenizer, end, settings, seed)
+            device = hardware.choose_device("auto")
+            dtype = hardware.choose_dtype("auto", device)
+            tokenizer, end = pretrained.load_tokenizer(found)
+            return pretrained.load(found, device, dtype), tokenizer, end
+        except CheckpointError:  # a run may have pruned what `latest` named: take what it names now
+            tried, directory = directory, atomic.follow(Path(source))
+            if directory == tried:
+                raise
+
+
+def _within(settings: GenerationConfig, limit: int, is_length_given: bool) -> GenerationConfig:
+    """The settings, with a max_length that the model has; one that was typed must be."""
+    if settings.max_length <= limit:
+        return settings
+    if is_length_given:
+        raise ConfigError(f"--max_length: got {settings.max_length}, the model has {limit}")
+    return dataclasses.replace(settings, max_length=limit)
+
+
+def _show(text: str) -> None:
+    """Print a piece of a text at once."""
+    print(printable(text, keep=LAYOUT), end="", flush=True)
+
+
+def _print(sample: Sample, seed: int, as_json: bool, is_shown: bool) -> None:
+    """Print a sample; of one that was shown already only the figures."""
+    if as_json:
+        ascii_only = "utf" not in (sys.stdout.encoding or "").lower()  # escaped, it stays JSON
+        print(json.dumps({**dataclasses.asdict(sample), "seed": seed}, ensure_ascii=ascii_only))
+        return
+    if not is_shown:
+        _show(sample.text)
+    print(
+        f"\n--- {sample.generated_tokens} tokens, perplexity {sample.perplexity:.1f}, "
+        f"{sample.seconds:.2f} s\n"
+    )
+
+
+def _interact(
+    model: CausalLM, tokenizer: Tokenizer, end: int, settings: GenerationConfig, seed: int
+) -> None:
+    """Continue each line that is typed, until the end of the input; Ctrl-C stops a text.
+
+    Line n has a seed of its own, so the same lines get the same texts.
+    """
+    from smollm import generation
+    from smollm.randomness import derive_seed
+
+    with contextlib.suppress(ImportError):  # a Python without it takes plain lines
+        import readline  # noqa: F401 (input() then has its keys and its history)
+    sys.stdin.reconfigure(errors="replace")
+    cli.warn(f"each line is continued; Ctrl-C stops a text, Ctrl-D ends (--seed {seed})")
+    for number in itertools.count():
+        try:
+            if line := input("> "):
+                own = dataclasses.replace(settings, prompts=(line,), num_samples=1)
+                line_seed = derive_seed(seed, number, "line")
+                generation.generate(model, tokenizer, end, own, line_seed, _show)
+                print("\n")
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print()
+        except ConfigError as error:
+            cli.warn(f"error: {error}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -85,25 +160,19 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.prompt:
         settings = dataclasses.replace(settings, prompts=tuple(arguments.prompt))
     seed = arguments.seed if arguments.seed is not None else secrets.randbelow(2**31)
-    source = arguments.checkpoint
-    directory = atomic.follow(Path(source))
-    while True:
-        try:
-            samples = _samples(source, settings, seed, arguments.max_length is not None)
-            break
-        except CheckpointError:  # a run may have pruned what `latest` named: take what it names now
-            tried, directory = directory, atomic.follow(Path(source))
-            if directory == tried:
-                raise
-    for sample in samples:
-        if arguments.json:
-            ascii_only = "utf" not in (sys.stdout.encoding or "").lower()  # escaped, it stays JSON
-            print(json.dumps({**dataclasses.asdict(sample), "seed": seed}, ensure_ascii=ascii_only))
-        else:
-            print(
-                f"{printable(sample.text, keep=LAYOUT)}\n--- {sample.generated_tokens} tokens, "
-                f"perplexity {sample.perplexity:.1f}, {sample.seconds:.2f} s\n"
-            )
+    model, tokenizer, end = _load(arguments.checkpoint)
+    limit = model.config.max_position_embeddings
+    settings = _within(settings, limit, arguments.max_length is not None)
+    if arguments.interactive:
+        _interact(model, tokenizer, end, settings, seed)
+        return 0
+    from smollm import generation
+
+    is_single = max(settings.num_samples, len(settings.prompts)) == 1
+    is_shown = is_single and not arguments.json and sys.stdout.isatty()
+    on_text = _show if is_shown else None
+    for sample in generation.generate(model, tokenizer, end, settings, seed, on_text):
+        _print(sample, seed, arguments.json, is_shown)
     if not arguments.json:
         print(f"--seed {seed} repeats these samples", file=sys.stderr)
     return 0

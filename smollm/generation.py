@@ -5,7 +5,7 @@ on the others of its batch.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,6 +86,7 @@ def generate_ids(
     settings: GenerationConfig,
     seeds: list[int],
     end: int,
+    on_token: Callable[[int, int], None] = lambda row, token: None,
 ) -> list[Continuation]:
     """Continue token sequences as one batch.
 
@@ -94,6 +95,7 @@ def generate_ids(
         prompts: B sequences of token ids, none empty.
         seeds: one for each sequence.
         end: the token that ends a sequence.
+        on_token: takes the number of a sequence and each new token of it, as it comes.
     """
     started = time.perf_counter()
     device = model.model.embed_tokens.weight.device
@@ -120,6 +122,7 @@ def generate_ids(
                 result = results[row]
                 result.ids.append(int(token))
                 result.log_likelihood += score
+                on_token(row, int(token))
                 if token == end or len(result.ids) == most_new[row]:
                     unfinished.discard(row)
                     result.seconds = time.perf_counter() - started
@@ -160,12 +163,18 @@ def encode_prompts(
 
 
 def generate(
-    model: CausalLM, tokenizer: Tokenizer, end: int, settings: GenerationConfig, seed: int
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    end: int,
+    settings: GenerationConfig,
+    seed: int,
+    on_text: Callable[[str], None] | None = None,
 ) -> list[Sample]:
     """Texts, `num_samples` or one for each of n prompts; sample i continues prompt i mod n.
 
     Args:
         end: the end-of-text token, which ends a text.
+        on_text: takes the first text, prompt included, piece by piece as it comes.
 
     Raises:
         ConfigError: a prompt leaves no room below max_length.
@@ -175,13 +184,29 @@ def generate(
     seeds = [derive_seed(seed, i, "sample") for i in numbers]
     limit = model.config.max_position_embeddings
     ids = encode_prompts(tokenizer, end, prompts, settings, limit)
+    shown, first = prompts[0], []  # what on_text has got, and the tokens of the first continuation
+    if on_text:
+        on_text(shown)
+
+    def on_token(row: int, token: int) -> None:
+        nonlocal shown
+        if on_text and row == 0 and token != end:
+            first.append(token)
+            text = prompts[0] + _continuation(tokenizer, ids[0], first)
+            # A character of several tokens is U+FFFD, the replacement, until the last is there.
+            if text.startswith(shown) and not text.endswith("\ufffd"):
+                on_text(text[len(shown) :])
+                shown = text
+
     samples = []
-    found = generate_ids(model, ids, settings, seeds, end)
+    found = generate_ids(model, ids, settings, seeds, end, on_token)
     for prompt, prompt_ids, new in zip(prompts, ids, found, strict=True):
         words = new.ids[:-1] if new.ids[-1] == end else new.ids
         text = prompt + _continuation(tokenizer, prompt_ids, words)
         mean = -new.log_likelihood / len(new.ids)
         samples.append(Sample(prompt, text, len(new.ids), perplexity(mean), new.seconds))
+    if on_text and len(samples[0].text) > len(shown):
+        on_text(samples[0].text[len(shown) :])
     return samples
 
 

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
+import pty
 import shutil
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, SHAPES, call, finished_run, reseal, small_model, train, write_tiny
+from helpers import (
+    ROOT,
+    SHAPES,
+    call,
+    environment,
+    finished_run,
+    limit,
+    made_once,
+    reseal,
+    small_model,
+    train,
+    write_tiny,
+)  # fmt: skip
+from pretrained_helpers import write_model
 from safetensors.torch import load_file, save_file
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -141,6 +159,7 @@ def test_command_line(run: Path) -> None:
         (["--prompt", "the sea and the river", "--max_length", "3"], 2, "generation.max_length 3"),
         (["--prompt", "-The"], 2, "--prompt=-The"),
         (["--nonsense"], 2, "--help"),
+        (["--interactive", "--json", "--prompt", "A"], 2, "not go with --prompt, --json"),
         (["--checkpoint", "nowhere"], 3, "nowhere"),
         (["--checkpoint", "text.txt"], 3, "text.txt"),
         (["--checkpoint", "run"], 3, "manifest.json"),
@@ -266,3 +285,126 @@ def test_weights_that_are_not_finite_are_named(run: Path, tmp_path: Path) -> Non
     result = generate(run, "--checkpoint", str(copy), "--json")
     assert result.returncode == 3, result.stdout
     assert "model.norm.weight holds numbers that are not finite" in result.stdout
+
+
+# --- as it comes ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with `model`, whose texts take seconds: 4,096 tokens."""
+    return made_once(
+        tmp_path_factory,
+        "long-texts",
+        lambda directory: write_model(directory / "model", max_position_embeddings=4096),
+    )
+
+
+def test_pieces_of_a_text_make_the_text(long: Path) -> None:
+    """Random tokens, many of them parts of characters: pieces end between characters."""
+    found = pretrained.find(str(long / "model"))
+    tokenizer, end = pretrained.load_tokenizer(found)
+    model = pretrained.load(found, torch.device("cpu"), torch.float32)
+    number = parts = 0
+    for seed in range(6):
+        settings = GenerationConfig(
+            max_length=60, temperature=9, top_k=0, top_p=1.0, num_samples=2, prompts=("The sea ",)
+        )
+        pieces: list[str] = []
+        first, _ = generation.generate(model, tokenizer, end, settings, seed, pieces.append)
+        assert "".join(pieces) == first.text
+        assert pieces[0] == "The sea "
+        assert not any(piece.endswith("\ufffd") for piece in pieces[:-1])
+        number += len(pieces)
+        parts += first.text.count("\ufffd")
+    assert number > 60
+    assert parts > 20, "the tokens were no parts of characters"
+
+
+class Terminal:
+    """generate.py in a terminal of its own; a context that closes it."""
+
+    def __init__(self, directory: Path, *words: str) -> None:
+        self.pid, self.descriptor = pty.fork()
+        if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.chdir(directory)
+            words = (sys.executable, str(ROOT / "generate.py"), *words)
+            os.execve(words[0], words, environment(TERM="dumb"))
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        os.close(self.descriptor)
+
+    def type(self, keys: str) -> None:
+        """Press keys: \\r is Enter, \\x03 Ctrl-C, \\x04 Ctrl-D."""
+        os.write(self.descriptor, keys.encode())
+
+    def until(self, end: str) -> str:
+        """What is shown up to a text, this included."""
+        shown = b""
+        with limit(60):
+            while not shown.endswith(end.encode()):
+                shown += os.read(self.descriptor, 1)
+        return shown.decode("utf-8", "replace").replace("\r\n", "\n")
+
+    def end(self) -> tuple[int, list[str]]:
+        """Wait until the command ends: its exit code, and what was shown, as it came."""
+        shown = []
+        with limit(60), contextlib.suppress(OSError):  # EIO: it has ended
+            while piece := os.read(self.descriptor, 4096):
+                shown.append(piece.decode("utf-8", "replace").replace("\r\n", "\n"))
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]), shown
+
+
+def test_a_single_sample_comes_as_it_is_made(run: Path, long: Path) -> None:
+    """On a terminal; it is the text that the same seed gives elsewhere."""
+    words = ["--checkpoint", "model", "--prompt", "The sea", "--max_length", "400", "--seed", "5"]
+    with Terminal(long, *words, "--num_samples", "1") as terminal:
+        code, pieces = terminal.end()
+    whole = generate(run, "--checkpoint", str(long / "model"), *words[2:], "--num_samples", "1")
+    shown = "".join(pieces)
+    assert code == 0 and len(pieces) > 20
+    text, figures = shown.rsplit("\n--- ", 1)
+    assert whole.stdout.startswith(text + "\n--- ")
+    assert figures.split("perplexity")[0] in whole.stdout
+    assert shown.endswith("--seed 5 repeats these samples\n")
+
+
+def test_a_prompt_that_talks_back(long: Path) -> None:
+    """--interactive in a terminal: Ctrl-C stops a text or drops a line, Ctrl-D ends."""
+    words = ["--checkpoint", "model", "--max_length", "4096", "--temperature", "0"]
+    with Terminal(long, *words, "--interactive") as terminal:
+        assert "Ctrl-C stops a text, Ctrl-D ends" in terminal.until("> ")
+        terminal.type("The sea\r")
+        assert terminal.until("\n") == "The sea\n"  # the echo
+        begun = terminal.until("The sea") + terminal.until("e")
+        terminal.type("\x03")
+        begun += terminal.until("\n> ")
+        assert len(begun) < 2000 and "Traceback" not in begun
+        terminal.type("not this")
+        terminal.until("not this")
+        terminal.type("\x03")
+        terminal.until("\n> ")
+        terminal.type("\x04")
+        assert terminal.end()[0] == 0
+
+
+def test_lines_of_a_pipe(run: Path) -> None:
+    """Each is continued as --prompt is; one that is too long or not UTF-8 stops nothing."""
+    words = ["generate.py", "--checkpoint", "run/checkpoints/latest", "--temperature", "0"]
+    lines = [b"The sea", b"", b"word " * 200, b"caf\xe9", b"A man"]
+    result = subprocess.run(
+        [sys.executable, str(ROOT / words[0]), *words[1:], "--interactive"], cwd=run, timeout=120,
+        env=environment(), input=b"\n".join(lines), capture_output=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    texts = [each.strip() for each in result.stdout.decode().split("> ") if each.strip()]
+    assert result.stderr.decode().count("error: ") == 1
+    assert "the model holds 64" in result.stderr.decode()
+    assert texts[1].startswith("caf\ufffd")
+    each = generate(run, *words[3:], "--prompt", "The sea", "A man", "--json")
+    expected = [json.loads(line)["text"].strip() for line in each.stdout.splitlines()[:2]]
+    assert [texts[0], texts[2]] == expected
