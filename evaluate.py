@@ -1,17 +1,21 @@
-"""How good a model is: loss, perplexity and bits per byte on a text.
+"""How good a model is: loss, perplexity and bits per byte on a text, and scores of benchmarks.
 
     python evaluate.py --checkpoint checkpoints/latest
     python evaluate.py --checkpoint checkpoints/best --input_file other.txt --json
     python evaluate.py --checkpoint HuggingFaceTB/SmolLM2-135M --input_file books data.text_key=body
+    python evaluate.py --checkpoint checkpoints/best --tasks hellaswag,arc_easy
 
 The model is a checkpoint, a directory in Hugging Face's form (Llama or Starcoder2), or owner/name
 of the Hub. Without --input_file the text is the held-out one that the checkpoint was evaluated on.
-Bits per byte compare models with different tokenizers. torch is imported only after everything that
-can be checked without it.
+Bits per byte compare models with different tokenizers. --tasks runs tasks of EleutherAI's
+lm-evaluation-harness in place of it; with --input_file, both. torch is imported only after
+everything that can be checked without it.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import dataclasses
 import json
 import sys
@@ -22,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 if __name__ == "__main__":  # PYTHONSAFEPATH leaves the script's folder out
     sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from smollm import cli, ranks
+from smollm import cli, harness, ranks
 from smollm.checkpoint import pretrained, resume
 from smollm.checkpoint.pretrained import Pretrained
 from smollm.config import Config
@@ -30,13 +34,15 @@ from smollm.config_reader import from_saved, with_overrides
 from smollm.errors import CheckpointError, ConfigError, InputError, printable
 
 if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
     from tokenizers import Tokenizer
 
     from smollm.data.tokens import Tokens
 
 MOST_LOGITS = 2**28  # of one forward pass: a machine may have less memory than the one that trained
 LARGEST = 2**40  # of data.validation_tokens
-OVERRIDES = ("data.*", "training.device", "training.precision")
+DEVICE = ("training.device", "training.precision")
+OVERRIDES = ("data.*", *DEVICE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,16 +57,20 @@ class Result:
     bits_per_byte: float | None  # None for a text of no bytes
 
 
-def configuration(found: Pretrained, overrides: list[str], sources: list[str]) -> Config:
+def configuration(
+    found: Pretrained, overrides: list[str], sources: list[str], keys: tuple[str, ...] = OVERRIDES
+) -> Config:
     """The checkpoint's own configuration, or the defaults; with some keys set by words.
 
     Of texts that are named, all is evaluated unless data.validation_tokens says otherwise.
+
+    Args:
+        keys: those that can be set.
     """
-    words = ", ".join(OVERRIDES)
-    known = tuple(key.rstrip("*") for key in OVERRIDES)
+    known = tuple(key.rstrip("*") for key in keys)
     if other := [word for word in overrides if not word.startswith(known)]:
         raise ConfigError(
-            *(f"command line: {word}: only {words} can be set here" for word in other)
+            *(f"command line: {word}: only {', '.join(keys)} can be set here" for word in other)
         )
     longest = found.model.max_position_embeddings
     if state := found.trainer_state():
@@ -162,7 +172,6 @@ def describe(found: Pretrained, text: HeldOut, whole: Result, each: list[Result]
     used = sum(len(tokens) for tokens in text.parts.values())
     limit = f"the first {used:,} of {text.tokens:,} tokens (data.validation_tokens)"
     rows = [
-        ("model", f"{found.source} ({found.model.architecture})"),
         ("text", whole.name),
         *([("", limit)] if used < text.tokens else []),
         ("tokens", f"{whole.tokens:,} predicted, {whole.bytes:,} bytes of text"),
@@ -174,11 +183,65 @@ def describe(found: Pretrained, text: HeldOut, whole: Result, each: list[Result]
         (f"  {number}", f"{part.name}: loss {part.loss:.4f}, bits per byte {_bits(part)}")
         for number, part in enumerate(each if len(each) > 1 else [])
     ]
-    return [printable(f"{name:<14} {value}") for name, value in rows]
+    return [model_row(found), *(printable(f"{name:<14} {value}") for name, value in rows)]
+
+
+def model_row(found: Pretrained) -> str:
+    """The row that names the model."""
+    return printable(f"{'model':<14} {found.source} ({found.model.architecture})")
 
 
 def _bits(result: Result) -> str:
     return "-" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f}"
+
+
+def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = cli.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--checkpoint", type=cli.model, required=True, metavar="DIR_OR_HUB_ID", help="the model"
+    )
+    cli.add_input_file(parser)
+    parser.add_argument(
+        "--tasks", type=_names, default=[], metavar="NAME,...",
+        help="tasks of lm-evaluation-harness (requirements-eval.txt); patterns such as 'arc_*' too",
+    )  # fmt: skip
+    parser.add_argument(
+        "--include_path", type=cli.path, metavar="DIR", help="with the YAML files of further tasks"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value",
+        help=f"of the checkpoint's configuration: {', '.join(OVERRIDES)}",
+    )  # fmt: skip
+    arguments = cli.parse(parser, argv)
+    problems = cli.unknown_flags(arguments)
+    if arguments.include_path and not arguments.tasks:
+        problems.append("--include_path goes with --tasks")
+    if ranks.world_size() > 1:  # each process would take a share of the text
+        problems.append("evaluate.py is one process; start it without torchrun")
+    if problems:
+        raise ConfigError(*problems)
+    return arguments
+
+
+def _names(word: str) -> list[str]:
+    """An argparse type: names with commas between them."""
+    names = [name.strip() for name in word.split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"got {word!r}, expected names with commas between them")
+    return names
+
+
+def run_tasks(
+    found: Pretrained, config: Config, names: list[str], index: TaskManager
+) -> dict[str, Any]:
+    """What the harness reports of tasks, which `harness.choose` chose."""
+    from smollm import hardware  # imports torch
+
+    device = hardware.choose_device(config.training.device)
+    dtype = hardware.choose_dtype(config.training.precision, device)
+    with contextlib.redirect_stdout(sys.stderr):  # which has its progress bars; stdout may be JSON
+        return harness.run(found.directory, names, index, device, dtype)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -187,32 +250,33 @@ def main(argv: list[str] | None = None) -> int:
     Args:
         argv: the words of the command line after the script's name; None: the process's own.
     """
-    parser = cli.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--checkpoint", type=cli.model, required=True, metavar="DIR_OR_HUB_ID", help="the model"
+    arguments = _parse_arguments(argv)
+    sources, has_text = (
+        arguments.input_file or [],
+        bool(arguments.input_file or not arguments.tasks),
     )
-    cli.add_input_file(parser)
-    parser.add_argument("--json", action="store_true", help="one JSON object")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value",
-        help=f"of the checkpoint's configuration: {', '.join(OVERRIDES)}",
-    )  # fmt: skip
-    arguments = cli.parse(parser, argv)
-    if problems := cli.unknown_flags(arguments):
-        raise ConfigError(*problems)
-    if ranks.world_size() > 1:  # each process would take a share of the text
-        raise ConfigError("evaluate.py is one process; start it without torchrun")
-    sources = arguments.input_file or []
+    if arguments.tasks:
+        harness.require()
     found = pretrained.find(arguments.checkpoint)
-    config = configuration(found, arguments.overrides, sources)
-    text = held_out(found, config, sources)
-    whole, each = evaluate(found, config, text)
-    if arguments.json:
+    config = configuration(found, arguments.overrides, sources, OVERRIDES if has_text else DEVICE)
+    if arguments.tasks:
+        names, index = harness.choose(arguments.tasks, arguments.include_path)
+    result: dict[str, Any] = {"checkpoint": found.source}
+    lines = []
+    if has_text:
+        text = held_out(found, config, sources)
+        whole, each = evaluate(found, config, text)
         parts = [dataclasses.asdict(part) for part in each]
-        result = {"checkpoint": found.source, **dataclasses.asdict(whole), "each": parts}
-        print(json.dumps({**result, "text_tokens": text.tokens}))
+        result |= {**dataclasses.asdict(whole), "each": parts, "text_tokens": text.tokens}
+        lines += describe(found, text, whole, each)
+    if arguments.tasks:
+        report = run_tasks(found, config, names, index)
+        result["tasks"] = harness.as_json(report)
+        lines = [*(lines or [model_row(found)]), *harness.table(report)]
+    if arguments.json:
+        print(json.dumps(result))
     else:
-        for line in describe(found, text, whole, each):
+        for line in lines:
             cli.say(line)
     return 0
 

@@ -12,10 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from data_helpers import GPT2, needs_shared
 from helpers import ROOT, call, events, made_once, train, write_tiny
 from pretrained_helpers import loss_of, write_model
 from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
+
+from smollm import harness
+from smollm.errors import InputError
 
 SEPARATOR = "<|endoftext|>"
 HELD_OUT = "".join(f"Line {n} of caf\u00e9 {n % 7} \U0001f600.\n" for n in range(60))
@@ -162,3 +167,127 @@ def test_bad_input_is_one_clear_line(run: Path, words: list[str], code: int, hin
     result = evaluate(run, "--checkpoint", "run/checkpoints/latest", *words)
     assert result.returncode == code, result.stdout
     assert hint in result.stdout and "Traceback" not in result.stdout, result.stdout
+
+
+# --- benchmarks ----------------------------------------------------------------------------------
+
+QUESTIONS = [
+    {"text": f"Line {n}", "choices": [f"of caf\u00e9 {n}", "the sea was", "man"], "right": n % 3}
+    for n in range(24)
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with tasks on local JSON: two, a group of them, one without its data."""
+    pytest.importorskip("lm_eval", reason="requirements-eval.txt is not installed")
+
+    def make(directory: Path) -> None:
+        directory.mkdir()
+        for name, rows in (("first", QUESTIONS[:12]), ("second", QUESTIONS[12:]), ("gone", [])):
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            if rows:
+                (directory / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+            task = {
+                "task": f"lines_{name}", "dataset_path": "json", "test_split": "test",
+                "dataset_kwargs": {"data_files": {"test": str(directory / f"{name}.jsonl")}},
+                "output_type": "multiple_choice", "doc_to_text": "{{text}}",
+                "doc_to_choice": "{{choices}}", "doc_to_target": "{{right}}",
+                "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+                "metadata": {"version": 1.0},
+            }  # fmt: skip
+            (directory / f"{name}.yaml").write_text(json.dumps(task))
+        group = {
+            "group": "lines", "task": ["lines_first", "lines_second"],
+            "aggregate_metric_list": [{"metric": "acc"}],
+        }  # fmt: skip
+        (directory / "lines.yaml").write_text(json.dumps(group))
+
+    return made_once(tmp_path_factory, "tasks", make)
+
+
+def scores(directory: Path, rows: list[dict]) -> tuple[float, float]:
+    """The shares of right answers, by likelihood and by that per character, by transformers."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    hits = np.zeros(2)
+    for row in rows:
+        context, found = tokenizer.encode(row["text"]).ids, []
+        for choice in row["choices"]:
+            ids = tokenizer.encode(f"{row['text']} {choice}").ids
+            with torch.no_grad():
+                logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            places = range(len(context), len(ids))
+            found.append(sum(float(logits[place - 1, ids[place]]) for place in places))
+        lengths = [len(choice) for choice in row["choices"]]
+        for kind, values in enumerate((found, np.array(found) / lengths)):
+            hits[kind] += int(np.argmax(values)) == row["right"]
+    return tuple(hits / len(rows))
+
+
+def test_tasks_of_the_harness(run: Path, tasks: Path) -> None:
+    """A group of two tasks: the scores are what transformers' likelihoods say; table and JSON."""
+    words = ["--checkpoint", "run/checkpoints/latest", "--include_path", str(tasks)]
+    words += ["training.precision=fp32", "--tasks"]
+    expected = {
+        "lines_first": scores(run / "run/checkpoints/latest", QUESTIONS[:12]),
+        "lines_second": scores(run / "run/checkpoints/latest", QUESTIONS[12:]),
+    }
+    found = result_of(run, *words, "lines", "--input_file", "held.txt")
+    assert found["tokens"] > 0 and found["loss"] > 0, "the text that was named as well"
+    results = found["tasks"]["results"]
+    for name, (accuracy, by_length) in expected.items():
+        assert results[name]["acc,none"] == pytest.approx(accuracy)
+        assert results[name]["acc_norm,none"] == pytest.approx(by_length)
+        assert found["tasks"]["n-samples"][name]["effective"] == 12
+    both = sum(accuracy for accuracy, _ in expected.values()) / 2
+    assert found["tasks"]["groups"]["lines"]["acc,none"] == pytest.approx(both)
+    shown = evaluate(run, *words, "lines_s*,lines_first").stdout
+    assert "model          run/checkpoints/latest (llama)\n" in shown and "perplexity" not in shown
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines()]
+    values = {(row[0], row[4]): row[6] for row in rows if len(row) == 9}
+    for name, (accuracy, _) in expected.items():
+        assert float(values[name, "acc"]) == pytest.approx(accuracy, abs=1e-4)
+
+
+def test_tasks_that_cannot_be_run(run: Path, tasks: Path) -> None:
+    """Unknown names together, with those that are near; a data set that is not there."""
+    words = ["--checkpoint", "run/checkpoints/latest", "--include_path", str(tasks), "--tasks"]
+    unknown = evaluate(run, *words, "lines_frist,helaswag")
+    assert unknown.returncode == 2
+    for name, near in (("lines_frist", "lines_first"), ("helaswag", "hellaswag")):
+        line = f"--tasks {name}: lm_eval has no such task; did you mean {near}"
+        assert line in unknown.stdout
+    assert "Traceback" not in unknown.stdout
+    from lm_eval.tasks import TaskManager
+
+    index, cpu = TaskManager(include_path=tasks, include_defaults=False), torch.device("cpu")
+    with pytest.raises(InputError, match="lines_gone: cannot be loaded .FileNotFoundError: "):
+        harness.run(run / "run/checkpoints/latest", ["lines_gone"], index, cpu, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--tasks", "a,,b"], "argument --tasks: got 'a,,b', expected names with commas between"),
+        (["--include_path", "."], "--include_path goes with --tasks"),
+        (["--tasks", "a", "--include_path", "no"], "--include_path no: is not a directory"),
+        (["--tasks", "a", "data.text_key=x"], "data.text_key=x: only training.device, training.pr"),
+    ],
+)
+def test_errors_of_tasks(run: Path, tasks: Path, words: list[str], line: str) -> None:
+    """One line, before the harness is imported."""
+    result = evaluate(run, "--checkpoint", "run/checkpoints/latest", *words)
+    assert result.returncode == 2 and line in result.stdout, result.stdout
+    assert result.stdout.count("\n") == 1
+
+
+def test_the_harness_is_not_installed(run: Path, tmp_path: Path) -> None:
+    """The line says what installs it; figures that are not finite are null in JSON."""
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['lm_eval'] = None\n")
+    words = ["--checkpoint", "run/checkpoints/latest", "--tasks", "hellaswag"]
+    result = evaluate(run, *words, PYTHONPATH=str(tmp_path))
+    assert result.returncode == 2
+    assert "--tasks: needs lm_eval; pip install -r requirements-eval.txt" in result.stdout
+    report = {"results": {"a": {"acc": np.float64(0.5), "acc_stderr": math.nan}}, "config": {}}
+    assert harness.as_json(report) == {"results": {"a": {"acc": 0.5, "acc_stderr": None}}}
