@@ -3,8 +3,8 @@
 python checkpoint.py list checkpoints              what is there, and why it is kept
 python checkpoint.py verify checkpoints            check every file of every checkpoint
 python checkpoint.py verify checkpoints/step_005000
-python checkpoint.py export checkpoints/best --format gguf --output model.gguf       for llama.cpp
-python checkpoint.py export checkpoints/best --format safetensors-bf16 --output model  for the Hub
+python checkpoint.py export checkpoints/best --format gguf             a file for llama.cpp, ollama
+python checkpoint.py export checkpoints/best --format safetensors-bf16    a directory for the Hub
 """
 
 import argparse
@@ -27,7 +27,7 @@ def list_checkpoints(root: Path) -> int:
     if not found:
         raise CheckpointError(f"{root}: holds no checkpoints")
     reasons = store.kept(root, CheckpointConfig())
-    print(f"{'checkpoint':<14}{'val_loss':>10}{'MB':>9}  kept as")
+    cli.show(f"{'checkpoint':<14}{'val_loss':>10}{'MB':>9}  kept as")
     for step in found:
         directory = store.directory_of(root, step)
         loss = store.summary(directory).get("val_loss")
@@ -35,7 +35,7 @@ def list_checkpoints(root: Path) -> int:
         size = sum(path.lstat().st_size for path in paths)
         shown = f"{loss:.4f}" if store.is_finite(loss) else "-"
         why = ", ".join(reasons[step]) if step in reasons else "DAMAGED (see verify)"
-        print(f"{directory.name:<14}{shown:>10}{size / 1e6:>9.1f}  {why}")
+        cli.show(f"{directory.name:<14}{shown:>10}{size / 1e6:>9.1f}  {why}")
     return 0
 
 
@@ -48,16 +48,16 @@ def verify(path: Path) -> int:
         if path.is_dir() and not known:
             raise CheckpointError(f"{path}: holds no checkpoints and is none")
         store.require_whole(path)
-        print(f"{path}: whole")
+        cli.show(printable(f"{path}: whole"))
         return 0
     bad = 0
     for directory in (store.directory_of(path, step) for step in found):
         wrong = store.problem(directory)
         if wrong and not os.path.lexists(directory):
-            print(f"{directory}: pruned meanwhile")
+            cli.show(printable(f"{directory}: pruned meanwhile"))
             continue
         bad += wrong is not None
-        print(printable(f"{directory}: {'whole' if wrong is None else 'DAMAGED: ' + wrong}"))
+        cli.show(printable(f"{directory}: {'whole' if wrong is None else 'DAMAGED: ' + wrong}"))
     return CheckpointError.exit_code if bad else 0
 
 
@@ -68,6 +68,10 @@ def export_model(arguments: argparse.Namespace) -> int:
         export.require_gguf()
     elif arguments.dtype:
         raise ConfigError("--dtype goes with --format gguf; safetensors-bf16 is bf16")
+    elif arguments.output and arguments.output.suffix == ".gguf":
+        raise ConfigError(
+            f"--output {arguments.output}: safetensors-bf16 is written as a directory"
+        )
     dtype = arguments.dtype or "f16"
     if arguments.output:
         export.require_new(arguments.output)
@@ -81,7 +85,7 @@ def export_model(arguments: argparse.Namespace) -> int:
     files = [output] if is_gguf else output.iterdir()
     size = sum(path.stat().st_size for path in files)
     what = f"GGUF, {dtype}" if is_gguf else "safetensors, bf16"
-    cli.say(f"{output}: {found.name} ({found.model.architecture}) as {what}, {size / 1e6:.1f} MB")
+    cli.show(printable(f"wrote {output} ({what}, {size / 1e6:.1f} MB) from {found.name}"))
     return 0
 
 
@@ -93,24 +97,30 @@ def main(argv: list[str] | None = None) -> int:
     """
     parser = cli.ArgumentParser(description=__doc__)
     actions = parser.add_subparsers(dest="action", required=True, metavar="list|verify|export")
-    for name, help_ in (("list", "a save_dir"), ("verify", "a save_dir, or one checkpoint")):
-        action = actions.add_parser(name)
-        action.add_argument("path", type=cli.path, help=help_)
-    action = actions.add_parser("export")
+    for name, does, of in (
+        ("list", "show what checkpoints there are, and why each is kept", "a save_dir"),
+        ("verify", "check every file against its sha256", "a save_dir, or one checkpoint"),
+    ):
+        action = actions.add_parser(name, help=does, description=does)
+        action.add_argument("path", type=cli.path, help=of)
+    does = "write a model for other programs"
+    action = actions.add_parser("export", help=does, description=does)
     action.add_argument(
         "checkpoint", type=cli.model, metavar="DIR_OR_HUB_ID",
         help="a checkpoint, a model's directory (Hugging Face's form), or owner/name of the Hub",
     )  # fmt: skip
     action.add_argument(
-        "--format", choices=("gguf", "safetensors-bf16"), required=True,
+        "--format", type=str.lower, choices=("gguf", "safetensors-bf16"), required=True,
         help="a file for llama.cpp and ollama; a directory for the Hub, without training state",
     )  # fmt: skip
     action.add_argument(
-        "--dtype", choices=export.DTYPES, help="of a GGUF file's matrices; vectors are f32 (f16)"
-    )
+        "--dtype", type=str.lower, choices=export.DTYPES,
+        help="of the matrices in a GGUF file (default: f16); vectors are always f32",
+    )  # fmt: skip
     action.add_argument(
         "--output", type=cli.path, metavar="PATH",
-        help="what is written, new (here, named after the checkpoint)",
+        help="the file or directory to make (default: in the current directory, named after the "
+        "checkpoint and the dtype)",
     )  # fmt: skip
     arguments = parser.parse_args(argv)
     if arguments.action == "export":

@@ -7,9 +7,9 @@
 
 The model is a checkpoint, a directory in Hugging Face's form (Llama or Starcoder2), or owner/name
 of the Hub. Without --input_file the text is the held-out one that the checkpoint was evaluated on.
-Bits per byte compare models with different tokenizers. --tasks runs tasks of EleutherAI's
-lm-evaluation-harness in place of it; with --input_file, both. torch is imported only after
-everything that can be checked without it.
+Bits per byte compare models with different tokenizers. --tasks runs benchmarks of EleutherAI's
+lm-evaluation-harness instead of evaluating a text; with --input_file, both are done. torch is
+imported only after everything that can be checked without it.
 """
 
 from __future__ import annotations
@@ -69,8 +69,9 @@ def configuration(
     """
     known = tuple(key.rstrip("*") for key in keys)
     if other := [word for word in overrides if not word.startswith(known)]:
+        lists = "" if keys == OVERRIDES else "; the names of --tasks have commas between them"
         raise ConfigError(
-            *(f"command line: {word}: only {', '.join(keys)} can be set here" for word in other)
+            *(f"command line: {w}: only {', '.join(keys)} can be set here{lists}" for w in other)
         )
     longest = found.model.max_position_embeddings
     if state := found.trainer_state():
@@ -251,10 +252,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: the words of the command line after the script's name; None: the process's own.
     """
     arguments = _parse_arguments(argv)
-    sources, has_text = (
-        arguments.input_file or [],
-        bool(arguments.input_file or not arguments.tasks),
-    )
+    sources = arguments.input_file or []
+    has_text = bool(sources) or not arguments.tasks
     if arguments.tasks:
         harness.require()
     found = pretrained.find(arguments.checkpoint)
@@ -273,11 +272,7 @@ def main(argv: list[str] | None = None) -> int:
         report = run_tasks(found, config, names, index)
         result["tasks"] = harness.as_json(report)
         lines = [*(lines or [model_row(found)]), *harness.table(report)]
-    if arguments.json:
-        print(json.dumps(result))
-    else:
-        for line in lines:
-            cli.say(line)
+    cli.show(json.dumps(result) if arguments.json else printable("\n".join(lines), keep="\n"))
     return 0
 
 

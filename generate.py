@@ -48,18 +48,18 @@ def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument(
         "--prompt", type=cli.text, nargs="+", action="extend", metavar="TEXT",
-        help="sample i takes text i mod n; each gets at least one (--prompt=-x begins with a -)",
+        help="texts to continue, in turn, each at least once (--prompt=-x begins with a -)",
     )  # fmt: skip
     parser.add_argument("--max_length", help="tokens, prompt and continuation together (100)")
     parser.add_argument("--temperature", help="0 takes the most likely token (1.0)")
     parser.add_argument("--top_k", help="0 is off (50)")
     parser.add_argument("--top_p", help="1 is off (0.95)")
-    parser.add_argument("--num_samples", help="(3)")
+    parser.add_argument("--num_samples", help="how many texts (3, or one for each prompt)")
     parser.add_argument("--seed", type=int, help="repeats the same samples; default: a new one")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument(
         "--interactive", action="store_true",
-        help="continue each line that is typed; Ctrl-C stops a text, Ctrl-D ends",
+        help="continue each text that is typed; Ctrl-C stops, Ctrl-D on an empty line ends",
     )  # fmt: skip
     arguments = parser.parse_args(argv)
     if arguments.interactive:
@@ -99,19 +99,20 @@ def _within(settings: GenerationConfig, limit: int, is_length_given: bool) -> Ge
 
 
 def _show(text: str) -> None:
-    """Print a piece of a text at once."""
-    print(printable(text, keep=LAYOUT), end="", flush=True)
+    """Print a piece of a text, at once."""
+    cli.show(printable(text, keep=LAYOUT), end="")
 
 
 def _print(sample: Sample, seed: int, as_json: bool, is_shown: bool) -> None:
     """Print a sample; of one that was shown already only the figures."""
     if as_json:
         ascii_only = "utf" not in (sys.stdout.encoding or "").lower()  # escaped, it stays JSON
-        print(json.dumps({**dataclasses.asdict(sample), "seed": seed}, ensure_ascii=ascii_only))
+        content = {**dataclasses.asdict(sample), "seed": seed}
+        cli.show(json.dumps(content, ensure_ascii=ascii_only))
         return
     if not is_shown:
         _show(sample.text)
-    print(
+    cli.show(
         f"\n--- {sample.generated_tokens} tokens, perplexity {sample.perplexity:.1f}, "
         f"{sample.seconds:.2f} s\n"
     )
@@ -130,19 +131,23 @@ def _interact(
     with contextlib.suppress(ImportError):  # a Python without it takes plain lines
         import readline  # noqa: F401 (input() then has its keys and its history)
     sys.stdin.reconfigure(errors="replace")
-    cli.warn(f"each line is continued; Ctrl-C stops a text, Ctrl-D ends (--seed {seed})")
+    is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    cli.warn(
+        "type a text and Enter, and it is continued; Ctrl-C stops, Ctrl-D on an empty line ends "
+        f"(--seed {seed})"
+    )
     for number in itertools.count():
         try:
-            if line := input("> "):
+            if line := input("> " if is_terminal else ""):
                 own = dataclasses.replace(settings, prompts=(line,), num_samples=1)
                 line_seed = derive_seed(seed, number, "line")
                 generation.generate(model, tokenizer, end, own, line_seed, _show)
-                print("\n")
+                cli.show("\n")
         except EOFError:
-            print()
+            cli.show("", end="\n" if is_terminal else "")
             return
         except KeyboardInterrupt:
-            print()
+            cli.show("")
         except ConfigError as error:
             cli.warn(f"error: {error}")
 

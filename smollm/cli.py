@@ -6,7 +6,9 @@ exit codes.
 
 import argparse
 import contextlib
+import difflib
 import os
+import re
 import signal
 import sys
 import time
@@ -42,7 +44,7 @@ class ArgumentParser(argparse.ArgumentParser):
         """Raise the problem as a ConfigError that says where help is."""
         for word in sys.argv[1:]:  # argparse takes a value that begins with - for a flag
             unknown = word.startswith("-") and word.split("=")[0] not in self._option_string_actions
-            if unknown and "expected at least one argument" in message:
+            if unknown and re.search("expected (at least )?one argument", message):
                 flag = message.split()[1].rstrip(":")
                 message += f"; a value that begins with - is written {flag}={word}"
         raise ConfigError(f"{message} (see {self.prog} --help)")
@@ -134,7 +136,10 @@ def parse(parser: ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
     """
     ranks.check(os.environ)
     arguments, unknown = parser.parse_known_intermixed_args(argv)
-    arguments.unknown = [*unknown, *(w for w in arguments.overrides if w.startswith("-"))]
+    arguments.unknown = []
+    for word in (*unknown, *(w for w in arguments.overrides if w.startswith("-"))):
+        near = difflib.get_close_matches(word.split("=")[0], parser._option_string_actions, 1)
+        arguments.unknown.append(word + (f"; did you mean {near[0]}?" if near else ""))
     return arguments
 
 
@@ -179,6 +184,18 @@ def say(line: str) -> None:
     if ranks.is_main():
         with contextlib.suppress(OSError):
             print(printable(line, keep="\n"), flush=True)
+
+
+def show(text: str, end: str = "\n") -> None:
+    """Print a part of a command's result, at once; unlike `say`'s lines, none may be lost.
+
+    Raises:
+        OSError: it cannot be written; standard output is named.
+    """
+    try:
+        print(text, end=end, flush=True)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "standard output") from error
 
 
 def warn(line: str) -> None:

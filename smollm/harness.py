@@ -12,6 +12,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from smollm.errors import ConfigError, InputError, first_line, is_memory_full
 
 if TYPE_CHECKING:
@@ -39,9 +41,10 @@ def choose(names: list[str], include_path: Path | None) -> tuple[list[str], Task
     Raises:
         ConfigError: a name is not known, or there is no such directory.
     """
-    if include_path and not include_path.is_dir():
-        raise ConfigError(f"--include_path {include_path}: is not a directory")
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    if include_path:
+        _check(include_path)
+    for library in ("lm_eval", "datasets", "huggingface_hub"):  # an error says what matters
+        logging.getLogger(library).setLevel(logging.ERROR)
     from lm_eval.tasks import TaskManager
 
     index = TaskManager(include_path=include_path)
@@ -52,11 +55,30 @@ def choose(names: list[str], include_path: Path | None) -> tuple[list[str], Task
         chosen += (each for each in found if each not in chosen)
         if not found:
             near = difflib.get_close_matches(name, index.all_tasks, 3)
-            hint = f"; did you mean {', '.join(near)}?" if near else "; `lm_eval ls tasks` has all"
-            problems.append(f"--tasks {name}: lm_eval has no such task{hint}")
+            hint = f"did you mean {', '.join(near)}?" if near else "`lm_eval ls tasks` lists all"
+            if name.endswith(".yaml"):
+                hint = "--include_path takes its directory, and --tasks the name in it"
+            problems.append(f"--tasks {name}: there is no such task; {hint}")
     if problems:
         raise ConfigError(*problems)
     return chosen, index
+
+
+def _check(include_path: Path) -> None:
+    """Raise ConfigError where a directory of tasks is none, or has a file that lm_eval skips."""
+    if not include_path.is_dir():
+        raise ConfigError(
+            f"--include_path {include_path}: is not a directory; give the one with the YAML files"
+        )
+    problems = []
+    for path in sorted(include_path.rglob("*.yaml")):
+        try:
+            for _ in yaml.parse(path.read_text("utf-8")):
+                pass
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            problems.append(f"--include_path {path}: {' '.join(str(error).split())}")
+    if problems:
+        raise ConfigError(*problems)
 
 
 def run(
@@ -80,8 +102,8 @@ def run(
             tasks += [loaded["groups"][name]] if is_group else loaded["tasks"].values()
     except Exception as error:  # datasets, huggingface_hub and a task's own code raise anything
         raise InputError(
-            f"--tasks {name}: cannot be loaded ({_described(error)}); its data set is fetched from "
-            "the Hub, once, and a task of one's own names files"
+            f"--tasks {name}: cannot be loaded ({_described(error)}); its data set is downloaded "
+            "on first use and then kept: without a network run it once where there is one"
         ) from error
     model = {"pretrained": str(directory), "dtype": str(dtype).removeprefix("torch.")}
     batch_size = "auto" if device.type == "cuda" else 1

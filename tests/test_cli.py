@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, call, command, step_directory, train, train_sh, write_tiny
+from helpers import ROOT, call, command, finished_run, step_directory, train, train_sh, write_tiny
 
 from smollm import ranks
 from smollm.errors import ConfigError
@@ -66,6 +66,23 @@ def test_a_closed_console_is_no_error(tmp_path: Path, closed: str) -> None:
     assert "phase 1 complete" in (tmp_path / "run/logs/phase1.log").read_text("utf-8")
     listed = [sys.executable, str(ROOT / "checkpoint.py"), "verify", "run/checkpoints"]
     assert call(tmp_path, ["bash", "-c", f'"$0" "$@" {closed}', *listed]).returncode == 0
+
+
+def test_a_result_that_cannot_be_written_is_an_error(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """What a command was asked for is not lost with exit code 0."""
+    run = finished_run(tmp_path_factory)
+    for script, *words in (
+        ("checkpoint.py", "list", "run/checkpoints"),
+        ("checkpoint.py", "verify", "run/checkpoints/latest"),
+        ("generate.py", "--checkpoint", "run/checkpoints/latest", "--json"),
+        ("evaluate.py", "--checkpoint", "run/checkpoints/latest"),
+    ):
+        command_line = [sys.executable, str(ROOT / script), *words]
+        full = call(run, ["bash", "-c", '"$0" "$@" > /dev/full', *command_line])
+        assert full.returncode == 3, full.stdout
+        assert full.stdout.startswith("error: standard output: No space left on device\n")
 
 
 def test_a_console_of_ascii_shows_every_line() -> None:

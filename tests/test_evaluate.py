@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from smollm import harness
-from smollm.errors import InputError
+from smollm.errors import ConfigError, InputError
 
 SEPARATOR = "<|endoftext|>"
 HELD_OUT = "".join(f"Line {n} of caf\u00e9 {n % 7} \U0001f600.\n" for n in range(60))
@@ -242,7 +242,7 @@ def test_tasks_of_the_harness(run: Path, tasks: Path) -> None:
         assert found["tasks"]["n-samples"][name]["effective"] == 12
     both = sum(accuracy for accuracy, _ in expected.values()) / 2
     assert found["tasks"]["groups"]["lines"]["acc,none"] == pytest.approx(both)
-    shown = evaluate(run, *words, "lines_s*,lines_first").stdout
+    shown = evaluate(run, *words, "lines_s*,lines_second,lines_first").stdout
     assert "model          run/checkpoints/latest (llama)\n" in shown and "perplexity" not in shown
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines()]
     values = {(row[0], row[4]): row[6] for row in rows if len(row) == 9}
@@ -256,14 +256,19 @@ def test_tasks_that_cannot_be_run(run: Path, tasks: Path) -> None:
     unknown = evaluate(run, *words, "lines_frist,helaswag")
     assert unknown.returncode == 2
     for name, near in (("lines_frist", "lines_first"), ("helaswag", "hellaswag")):
-        line = f"--tasks {name}: lm_eval has no such task; did you mean {near}"
+        line = f"--tasks {name}: there is no such task; did you mean {near}"
         assert line in unknown.stdout
     assert "Traceback" not in unknown.stdout
     from lm_eval.tasks import TaskManager
 
     index, cpu = TaskManager(include_path=tasks, include_defaults=False), torch.device("cpu")
+    model = run / "run/checkpoints/latest"
     with pytest.raises(InputError, match="lines_gone: cannot be loaded .FileNotFoundError: "):
-        harness.run(run / "run/checkpoints/latest", ["lines_gone"], index, cpu, torch.float32)
+        harness.run(model, ["lines_gone"], index, cpu, torch.float32)
+    report = harness.run(model, ["lines"], index, cpu, torch.float32)
+    assert report["config"]["model_dtype"] == torch.float32
+    tables = harness.table(report)
+    assert sum(line.startswith("|lines") for line in tables) == 2, "with that of the groups"
 
 
 @pytest.mark.parametrize(
@@ -271,7 +276,9 @@ def test_tasks_that_cannot_be_run(run: Path, tasks: Path) -> None:
     [
         (["--tasks", "a,,b"], "argument --tasks: got 'a,,b', expected names with commas between"),
         (["--include_path", "."], "--include_path goes with --tasks"),
-        (["--tasks", "a", "--include_path", "no"], "--include_path no: is not a directory"),
+        (["--tasks", "a", "--include_path", "held.txt"], "held.txt: is not a directory; give the"),
+        (["--task", "a"], "unknown flag --task; did you mean --tasks?"),
+        (["--tasks", "a", "b"], "b: only training.device, training.precision can be set here; the"),
         (["--tasks", "a", "data.text_key=x"], "data.text_key=x: only training.device, training.pr"),
     ],
 )
@@ -289,5 +296,8 @@ def test_the_harness_is_not_installed(run: Path, tmp_path: Path) -> None:
     result = evaluate(run, *words, PYTHONPATH=str(tmp_path))
     assert result.returncode == 2
     assert "--tasks: needs lm_eval; pip install -r requirements-eval.txt" in result.stdout
+    (tmp_path / "bad.yaml").write_text("task: bad\n  metric: [\n")
+    with pytest.raises(ConfigError, match=r"bad\.yaml: mapping values .* line 2"):
+        harness.choose(["bad"], tmp_path)
     report = {"results": {"a": {"acc": np.float64(0.5), "acc_stderr": math.nan}}, "config": {}}
     assert harness.as_json(report) == {"results": {"a": {"acc": 0.5, "acc_stderr": None}}}

@@ -45,7 +45,7 @@ _OPTIONS = {
 def require_new(output: Path) -> None:
     """Raise ConfigError where the target exists, ResourceError where its folder cannot be used."""
     if os.path.lexists(output):
-        raise ConfigError(f"{output}: exists; remove it, or name another with --output")
+        raise ConfigError(f"{output}: exists already; name another with --output")
     if not os.access(output.parent, os.W_OK | os.X_OK) or not output.parent.is_dir():
         raise ResourceError(
             f"{output}: {output.parent} is no directory that can be written; name another with "
@@ -54,7 +54,7 @@ def require_new(output: Path) -> None:
 
 
 @contextlib.contextmanager
-def _published(output: Path, needed: int) -> Iterator[Path]:
+def published(output: Path, needed: int) -> Iterator[Path]:
     """Yield a temporary path; what the block makes there is then flushed and becomes `output`.
 
     Args:
@@ -63,11 +63,13 @@ def _published(output: Path, needed: int) -> Iterator[Path]:
     Raises:
         ResourceError: there is not enough room.
         ConfigError: `output` exists.
+        OSError: anything else that the system says; it names `output`.
     """
     require_new(output)
     atomic.require_space(output.parent, needed)
-    folder = atomic.temporary_directory(output)
+    folder = None
     try:
+        folder = atomic.temporary_directory(output)
         made = folder / output.name
         yield made
         for path in (*made.glob("*"), made):  # a directory's files, or a file
@@ -81,9 +83,12 @@ def _published(output: Path, needed: int) -> Iterator[Path]:
                 f"{output}: {error.strerror}; {needed:,} bytes are needed and "
                 f"{atomic.free_bytes(output.parent):,} are free there"
             ) from error
+        if error.filename is None or atomic.TEMPORARY in str(error.filename):
+            raise OSError(error.errno, error.strerror, str(output)) from error
         raise
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 # --- GGUF ----------------------------------------------------------------------------------------
@@ -119,7 +124,7 @@ def write_gguf(found: Pretrained, output: Path, dtype: str) -> None:
     architecture = gguf.MODEL_ARCH[found.model.architecture.upper()]
     names = gguf.get_tensor_name_map(architecture, found.model.num_hidden_layers)
     size = sum(tensor.numel() for tensor in weights.values()) * (4 if dtype == "f32" else 2)
-    with _published(output, size + (1 << 24)) as path:  # with the tokenizer
+    with published(output, size + (1 << 24)) as path:  # with the tokenizer
         writer = gguf.GGUFWriter(path, found.model.architecture)
         writer.add_name(Path(found.name).resolve().name)
         _add_model(writer, found.model)
@@ -287,7 +292,7 @@ def write_bf16(found: Pretrained, output: Path) -> None:
     config.pop("torch_dtype", None)  # the older name
     bf16 = {name: tensor.to(torch.bfloat16) for name, tensor in weights.items()}
     size = sum(tensor.nbytes for tensor in bf16.values())
-    with _published(output, size + (1 << 24)) as directory:
+    with published(output, size + (1 << 24)) as directory:
         directory.mkdir()
         for name in (*store.MODEL_FILES, CHAT_TEMPLATE):
             path = found.directory / name

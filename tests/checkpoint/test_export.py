@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from smollm.checkpoint import export
 from smollm.data.tokenizer import SPECIAL_TOKENS
-from smollm.errors import InputError
+from smollm.errors import ConfigError, InputError, ResourceError
 
 gguf = pytest.importorskip("gguf", reason="requirements-export.txt is not installed")
 FAMILIES = ("llama", "starcoder2")
@@ -43,13 +43,27 @@ def must_export(directory: Path, *words: str) -> str:
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def foreign(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a model of another tool, bf16 in several files: `llama` or `starcoder2`."""
+    """A directory with a model of another tool, bf16 in several files: `llama` or `starcoder2`.
+
+    Its end-of-text token has the highest id, and is an ordinary entry where Starcoder2's is. A
+    matrix of Starcoder2 has rows of 144 numbers.
+    """
     family = request.param
-    return made_once(
-        tmp_path_factory,
-        f"exported-{family}",
-        lambda directory: write_model(directory / family, family, initializer_range=0.1),
-    )
+
+    def make(directory: Path) -> None:
+        shape = {} if family == "llama" else {"intermediate_size": 144}
+        path = write_model(directory / family, family, initializer_range=0.1, **shape)
+        path /= "tokenizer.json"
+        content = json.loads(path.read_text("utf-8"))
+        vocabulary, added = content["model"]["vocab"], content["added_tokens"]
+        last = max(vocabulary, key=vocabulary.get)
+        vocabulary[STOP], vocabulary[last] = vocabulary[last], vocabulary[STOP]
+        added[0]["id"] = vocabulary[STOP]
+        if family == "starcoder2":
+            added.clear()
+        path.write_text(json.dumps(content), encoding="utf-8")
+
+    return made_once(tmp_path_factory, f"exported-{family}", make)
 
 
 def family_of(directory: Path) -> str:
@@ -79,7 +93,8 @@ def test_gguf_holds_the_weights(foreign: Path, tmp_path: Path, dtype: str) -> No
     family = family_of(foreign)
     words = ["--format", "gguf", "--dtype", dtype, "--output", "m.gguf"]
     shown = must_export(tmp_path, str(foreign / family), *words)
-    assert f"m.gguf: {foreign / family} ({family}) as GGUF, {dtype}, " in shown
+    assert shown.startswith(f"wrote m.gguf (GGUF, {dtype}, ")
+    assert shown.endswith(f" MB) from {foreign / family}\n")
     model = AutoModelForCausalLM.from_pretrained(foreign / family, dtype=torch.float32)
     expected = {name: p.detach().numpy() for name, p in model.named_parameters()}
     reader = gguf.GGUFReader(tmp_path / "m.gguf")
@@ -112,6 +127,8 @@ def test_gguf_holds_the_weights(foreign: Path, tmp_path: Path, dtype: str) -> No
     kinds = {tensor.name: tensor.tensor_type.name.lower() for tensor in reader.tensors}
     assert kinds["blk.0.ffn_up.weight"] == dtype
     assert kinds["blk.0.attn_norm.weight"] == "f32"
+    if family == "starcoder2" and dtype == "q8_0":  # no blocks of 32
+        assert kinds["blk.0.ffn_down.weight"] == "f16"
 
 
 def fields(path: Path) -> dict[str, Any]:
@@ -123,7 +140,7 @@ def test_gguf_says_what_the_model_is(foreign: Path, tmp_path: Path) -> None:
     """Shape, rotary embedding, context, file type, tokens, types, merges, end, chat template."""
     family = family_of(foreign)
     words = ["--format", "gguf", "--dtype", "q8_0"]
-    assert f"{family}-q8_0.gguf: " in must_export(tmp_path, str(foreign / family), *words)
+    assert f"wrote {family}-q8_0.gguf (" in must_export(tmp_path, str(foreign / family), *words)
     found = fields(tmp_path / f"{family}-q8_0.gguf")
     config = json.loads((foreign / family / "config.json").read_text())
     tokenizer = json.loads((foreign / family / "tokenizer.json").read_text())
@@ -156,9 +173,10 @@ def test_gguf_says_what_the_model_is(foreign: Path, tmp_path: Path) -> None:
     assert types[510:] == [kinds.UNUSED] * 10
     merges = [" ".join(pair) for pair in tokenizer["model"]["merges"]]
     assert found["tokenizer.ggml.merges"] == merges
-    assert found["tokenizer.ggml.eos_token_id"] == vocabulary[STOP]
-    assert found["tokenizer.ggml.bos_token_id"] == vocabulary["zq"]
-    assert found["tokenizer.ggml.add_bos_token"] is False
+    ids = [found[f"tokenizer.ggml.{name}_token_id"] for name in ("eos", "padding", "bos")]
+    assert ids == [509, 509, vocabulary["zq"]] and vocabulary[STOP] == 509
+    for name in ("add_bos_token", "add_eos_token", "add_space_prefix"):
+        assert found[f"tokenizer.ggml.{name}"] is False
     assert found["tokenizer.ggml.pre"] == "gpt-2"
     assert found["tokenizer.chat_template"] == TEMPLATE
 
@@ -196,10 +214,14 @@ def with_normalizer() -> Tokenizer:
     return tokenizer
 
 
-def test_pre_tokenizers_of_llama_cpp() -> None:
+def test_pre_tokenizers_of_llama_cpp(foreign: Path, tmp_path: Path) -> None:
     """Known by what tokenizer.json says, not by a hash."""
+    model = shutil.copytree(foreign / family_of(foreign), tmp_path / "model")
+    (model / "tokenizer_config.json").unlink()
     for tokenizer, name in ((byte_level(), "gpt-2"), (smollm2_kind(), "smollm")):
-        assert export.pre_tokenizer(json.loads(tokenizer.to_str()), "it") == name
+        tokenizer.save(str(model / "tokenizer.json"))
+        must_export(tmp_path, "model", "--format", "GGUF", "--output", f"{name}.gguf")
+        assert fields(tmp_path / f"{name}.gguf")["tokenizer.ggml.pre"] == name
 
 
 @pytest.mark.parametrize(
@@ -236,7 +258,7 @@ def test_a_lean_directory_for_the_hub(
     step = (finished_run(tmp_path_factory) / "run/checkpoints/latest").resolve()
     shown = must_export(tmp_path, str(step), "--format", "safetensors-bf16")
     made = tmp_path / f"{step.name}-bf16"
-    assert f"{made.name}: {step} (starcoder2) as safetensors, bf16, " in shown
+    assert shown.startswith(f"wrote {made.name} (safetensors, bf16, ")
     assert {path.name for path in made.iterdir()} == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
         "tokenizer_config.json", "README.md",
@@ -286,9 +308,12 @@ def test_errors_of_an_export(foreign: Path, tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
     gguf_words = [model, "--format", "gguf"]
     for code, words, line, extra in (
-        (2, [*gguf_words, "--output", "there.gguf"], "there.gguf: exists; remove it, or name", {}),
-        (2, [*gguf_words, "--output", "dangling"], "dangling: exists; remove it, or name", {}),
+        (2, [*gguf_words, "--output", "there.gguf"], "there.gguf: exists already; name", {}),
+        (2, [*gguf_words, "--output", "dangling"], "dangling: exists already; name another", {}),
         (2, [model, "--format", "safetensors-bf16", "--output", "there"], "there: exists", {}),
+        (2, [model, "--format", "safetensors-bf16", "--output", "x.gguf"], "as a directory", {}),
+        (2, [*gguf_words, "--output", "-x.gguf"], "is written --output=-x.gguf", {}),
+        (3, [*gguf_words, "--output", "x" * 300], f"{'x' * 300}: File name too long", {}),
         (3, [*gguf_words, "--output", "no/x.gguf"], "no/x.gguf: no is no directory that can", {}),
         (2, [*gguf_words, "--dtype", "f64"], "argument --dtype: invalid choice: 'f64'", {}),
         (2, [model], "the following arguments are required: --format", {}),
@@ -302,6 +327,21 @@ def test_errors_of_an_export(foreign: Path, tmp_path: Path) -> None:
         assert result.stdout.count("\n") == 1
     left = sorted(path for path in tmp_path.rglob("*") if "__pycache__" not in path.parts)
     assert left == before
+
+
+def test_a_target_that_appears_meanwhile_stays(tmp_path: Path) -> None:
+    """And one that has no room is refused; nothing else is left."""
+    output = tmp_path / "m.gguf"
+    with pytest.raises(ConfigError, match="exists already"), export.published(output, 10) as path:
+        path.write_text("ours")
+        output.write_text("mine")
+    assert output.read_text() == "mine"
+    with (
+        pytest.raises(ResourceError, match="bytes are needed"),
+        export.published(tmp_path / "n.gguf", 1 << 60),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == [output]
 
 
 def test_a_damaged_checkpoint_is_not_exported(
