@@ -15,8 +15,9 @@ from pathlib import Path
 if __name__ == "__main__":  # PYTHONSAFEPATH leaves the script's folder out
     sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from smollm import atomic, cli
+from smollm import atomic, cli, signals
 from smollm.checkpoint import export, pretrained, store
+from smollm.checkpoint.pretrained import Pretrained
 from smollm.config import CheckpointConfig
 from smollm.errors import CheckpointError, ConfigError, printable
 
@@ -75,17 +76,21 @@ def export_model(arguments: argparse.Namespace) -> int:
     dtype = arguments.dtype or "f16"
     if arguments.output:
         export.require_new(arguments.output)
-    found = pretrained.find(arguments.checkpoint)
-    name = Path(found.name).resolve().name
-    output = arguments.output or Path(f"{name}-{dtype}.gguf" if is_gguf else f"{name}-bf16")
-    if is_gguf:
-        export.write_gguf(found, output, dtype)
-    else:
-        export.write_bf16(found, output)
-    files = [output] if is_gguf else output.iterdir()
-    size = sum(path.stat().st_size for path in files)
-    what = f"GGUF, {dtype}" if is_gguf else "safetensors, bf16"
-    cli.show(printable(f"wrote {output} ({what}, {size / 1e6:.1f} MB) from {found.name}"))
+
+    def write(found: Pretrained) -> str:
+        name = Path(found.name).resolve().name
+        output = arguments.output or Path(f"{name}-{dtype}.gguf" if is_gguf else f"{name}-bf16")
+        if is_gguf:
+            export.write_gguf(found, output, dtype)
+        else:
+            export.write_bf16(found, output)
+        files = [output] if is_gguf else output.iterdir()
+        size = sum(path.stat().st_size for path in files)
+        what = f"GGUF, {dtype}" if is_gguf else "safetensors, bf16"
+        return f"wrote {output} ({what}, {size / 1e6:.1f} MB) from {found.name}"
+
+    with signals.StopSignals():  # nothing half-written is left
+        cli.show(printable(pretrained.current(arguments.checkpoint, write)))
     return 0
 
 

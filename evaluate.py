@@ -34,7 +34,6 @@ from smollm.config_reader import from_saved, with_overrides
 from smollm.errors import CheckpointError, ConfigError, InputError, printable
 
 if TYPE_CHECKING:
-    from lm_eval.tasks import TaskManager
     from tokenizers import Tokenizer
 
     from smollm.data.tokens import Tokens
@@ -168,7 +167,7 @@ def evaluate(found: Pretrained, config: Config, text: HeldOut) -> tuple[Result, 
     return result(name, together(results.values()), sum(sizes.values())), each
 
 
-def describe(found: Pretrained, text: HeldOut, whole: Result, each: list[Result]) -> list[str]:
+def describe(text: HeldOut, whole: Result, each: list[Result]) -> list[str]:
     """The result for people."""
     used = sum(len(tokens) for tokens in text.parts.values())
     limit = f"the first {used:,} of {text.tokens:,} tokens (data.validation_tokens)"
@@ -184,12 +183,11 @@ def describe(found: Pretrained, text: HeldOut, whole: Result, each: list[Result]
         (f"  {number}", f"{part.name}: loss {part.loss:.4f}, bits per byte {_bits(part)}")
         for number, part in enumerate(each if len(each) > 1 else [])
     ]
-    return [model_row(found), *(printable(f"{name:<14} {value}") for name, value in rows)]
+    return [f"{name:<14} {value}" for name, value in rows]
 
 
-def model_row(found: Pretrained) -> str:
-    """The row that names the model."""
-    return printable(f"{'model':<14} {found.source} ({found.model.architecture})")
+def _printable(lines: list[str]) -> str:
+    return "\n".join(printable(line) for line in lines)
 
 
 def _bits(result: Result) -> str:
@@ -233,16 +231,14 @@ def _names(word: str) -> list[str]:
     return names
 
 
-def run_tasks(
-    found: Pretrained, config: Config, names: list[str], index: TaskManager
-) -> dict[str, Any]:
-    """What the harness reports of tasks, which `harness.choose` chose."""
+def run_tasks(found: Pretrained, config: Config, tasks: harness.Tasks) -> dict[str, Any]:
+    """What the harness reports of tasks."""
     from smollm import hardware  # imports torch
 
     device = hardware.choose_device(config.training.device)
     dtype = hardware.choose_dtype(config.training.precision, device)
-    with contextlib.redirect_stdout(sys.stderr):  # which has its progress bars; stdout may be JSON
-        return harness.run(found.directory, names, index, device, dtype)
+    with contextlib.redirect_stdout(sys.stderr):  # stdout may be JSON
+        return harness.run(found.directory, tasks, device, dtype)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -258,21 +254,23 @@ def main(argv: list[str] | None = None) -> int:
         harness.require()
     found = pretrained.find(arguments.checkpoint)
     config = configuration(found, arguments.overrides, sources, OVERRIDES if has_text else DEVICE)
-    if arguments.tasks:
-        names, index = harness.choose(arguments.tasks, arguments.include_path)
+    tasks = harness.load(arguments.tasks, arguments.include_path) if arguments.tasks else None
     result: dict[str, Any] = {"checkpoint": found.source}
-    lines = []
+    show = (lambda line: None) if arguments.json else cli.show
+    head = [f"{'model':<14} {found.source} ({found.model.architecture})"]
     if has_text:
         text = held_out(found, config, sources)
         whole, each = evaluate(found, config, text)
         parts = [dataclasses.asdict(part) for part in each]
         result |= {**dataclasses.asdict(whole), "each": parts, "text_tokens": text.tokens}
-        lines += describe(found, text, whole, each)
-    if arguments.tasks:
-        report = run_tasks(found, config, names, index)
+        show(_printable([*head, *describe(text, whole, each)]))
+        head = []
+    if tasks:
+        report = run_tasks(found, config, tasks)
         result["tasks"] = harness.as_json(report)
-        lines = [*(lines or [model_row(found)]), *harness.table(report)]
-    cli.show(json.dumps(result) if arguments.json else printable("\n".join(lines), keep="\n"))
+        show(_printable([*head, *harness.table(report)]))
+    if arguments.json:
+        cli.show(json.dumps(result))
     return 0
 
 

@@ -25,11 +25,12 @@ from typing import TYPE_CHECKING
 if __name__ == "__main__":  # PYTHONSAFEPATH leaves the script's folder out
     sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from smollm import atomic, cli
+from smollm import cli
 from smollm.checkpoint import pretrained
+from smollm.checkpoint.pretrained import Pretrained
 from smollm.config import GenerationConfig
 from smollm.config_reader import parse_generation
-from smollm.errors import CheckpointError, ConfigError, printable
+from smollm.errors import ConfigError, printable
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -71,22 +72,14 @@ def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def _load(source: str) -> tuple[CausalLM, Tokenizer, int]:
+def _load(found: Pretrained) -> tuple[CausalLM, Tokenizer, int]:
     """The model, its tokenizer, and the end-of-text token."""
-    directory = atomic.follow(Path(source))
-    while True:
-        try:
-            found = pretrained.find(source)
-            from smollm import hardware  # imports torch
+    from smollm import hardware  # imports torch
 
-            device = hardware.choose_device("auto")
-            dtype = hardware.choose_dtype("auto", device)
-            tokenizer, end = pretrained.load_tokenizer(found)
-            return pretrained.load(found, device, dtype), tokenizer, end
-        except CheckpointError:  # a run may have pruned what `latest` named: take what it names now
-            tried, directory = directory, atomic.follow(Path(source))
-            if directory == tried:
-                raise
+    device = hardware.choose_device("auto")
+    dtype = hardware.choose_dtype("auto", device)
+    tokenizer, end = pretrained.load_tokenizer(found)
+    return pretrained.load(found, device, dtype), tokenizer, end
 
 
 def _within(settings: GenerationConfig, limit: int, is_length_given: bool) -> GenerationConfig:
@@ -138,7 +131,7 @@ def _interact(
     )
     for number in itertools.count():
         try:
-            if line := input("> " if is_terminal else ""):
+            if line := input("> " if is_terminal else "").rstrip("\r"):
                 own = dataclasses.replace(settings, prompts=(line,), num_samples=1)
                 line_seed = derive_seed(seed, number, "line")
                 generation.generate(model, tokenizer, end, own, line_seed, _show)
@@ -165,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.prompt:
         settings = dataclasses.replace(settings, prompts=tuple(arguments.prompt))
     seed = arguments.seed if arguments.seed is not None else secrets.randbelow(2**31)
-    model, tokenizer, end = _load(arguments.checkpoint)
+    model, tokenizer, end = pretrained.current(arguments.checkpoint, _load)
     limit = model.config.max_position_embeddings
     settings = _within(settings, limit, arguments.max_length is not None)
     if arguments.interactive:

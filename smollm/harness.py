@@ -10,7 +10,7 @@ import importlib.util
 import logging
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 KEPT = ("results", "groups", "versions", "n-shot", "n-samples")  # of what the harness returns
 
 
+class Tasks(NamedTuple):
+    """Tasks and groups of tasks that were loaded, with their data sets."""
+
+    chosen: list[Any]
+    index: TaskManager
+
+
 def require() -> None:
     """Raise ConfigError where a package is missing."""
     packages = ("lm_eval", "transformers", "accelerate")
@@ -32,36 +39,64 @@ def require() -> None:
         )
 
 
-def choose(names: list[str], include_path: Path | None) -> tuple[list[str], TaskManager]:
-    """The names of tasks, groups and tags that these names or patterns stand for, and their index.
+def load(names: list[str], include_path: Path | None) -> Tasks:
+    """The tasks and groups of tasks that names stand for: of tasks, groups and tags, or patterns.
 
     Args:
         include_path: a directory with the YAML files of further tasks.
 
     Raises:
-        ConfigError: a name is not known, or there is no such directory.
+        ConfigError: a name is not known, or the directory cannot be used.
+        InputError: a task cannot be loaded, as where its data set cannot be had.
     """
     if include_path:
         _check(include_path)
-    for library in ("lm_eval", "datasets", "huggingface_hub"):  # an error says what matters
-        logging.getLogger(library).setLevel(logging.ERROR)
+    _set_up_logging()
     from lm_eval.tasks import TaskManager
 
     index = TaskManager(include_path=include_path)
-    chosen: list[str] = []
-    problems = []
-    for name in names:
-        found = index.match_tasks([name])
-        chosen += (each for each in found if each not in chosen)
-        if not found:
-            near = difflib.get_close_matches(name, index.all_tasks, 3)
-            hint = f"did you mean {', '.join(near)}?" if near else "`lm_eval ls tasks` lists all"
-            if name.endswith(".yaml"):
-                hint = "--include_path takes its directory, and --tasks the name in it"
-            problems.append(f"--tasks {name}: there is no such task; {hint}")
-    if problems:
-        raise ConfigError(*problems)
-    return chosen, index
+    found = {name: index.match_tasks([name]) for name in names}
+    if unknown := [name for name in names if not found[name]]:
+        raise ConfigError(*(_unknown(name, index.all_tasks) for name in unknown))
+    tasks: dict[str, Any] = {}
+    groups: dict[str, Any] = {}
+    inside: set[str] = set()  # tasks and groups of a group
+    for name in dict.fromkeys(each for several in found.values() for each in several):
+        try:
+            loaded = index.load([name])
+        except Exception as error:  # datasets, huggingface_hub and a task's own code raise anything
+            raise InputError(f"--tasks {name}: cannot be loaded ({_described(error)})") from error
+        if name in loaded["groups"]:
+            groups[name] = loaded["groups"][name]
+            inside |= (loaded["tasks"].keys() | loaded["groups"].keys()) - {name}
+        else:
+            tasks |= loaded["tasks"]
+    chosen = {name: each for name, each in (groups | tasks).items() if name not in inside}
+    return Tasks(list(chosen.values()), index)
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    """The problem of a name that stands for nothing."""
+    near = difflib.get_close_matches(name, known, 3)
+    hint = f"did you mean {', '.join(near)}?" if near else "`lm_eval ls tasks` lists all"
+    if name.endswith(".yaml"):
+        hint = "--include_path takes its directory, and --tasks the name in it"
+    return f"--tasks {name}: there is no such task; {hint}"
+
+
+def _set_up_logging() -> None:
+    """Show each kind of warning of the harness once, and no retries: their error follows."""
+    handler, seen = logging.StreamHandler(), set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        place = (record.pathname, record.lineno)
+        return place not in seen and not seen.add(place)
+
+    handler.addFilter(is_new)
+    logger = logging.getLogger("lm_eval")
+    logger.handlers, logger.propagate = [handler], False
+    for library in ("datasets", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def _check(include_path: Path) -> None:
@@ -81,47 +116,33 @@ def _check(include_path: Path) -> None:
         raise ConfigError(*problems)
 
 
-def run(
-    directory: Path, names: list[str], index: TaskManager, device: torch.device, dtype: torch.dtype
-) -> dict[str, Any]:
+def run(directory: Path, tasks: Tasks, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Run tasks on a model's directory; returns what `lm_eval run` reports.
 
-    Args:
-        names, index: as `choose` gives them.
-
     Raises:
-        InputError: a task's data set cannot be had, or the harness cannot run the task.
+        InputError: the harness cannot run a task.
     """
     from lm_eval import simple_evaluate
 
-    try:
-        tasks: list[Any] = []
-        for name in names:
-            loaded = index.load([name])
-            is_group = name in loaded["groups"]
-            tasks += [loaded["groups"][name]] if is_group else loaded["tasks"].values()
-    except Exception as error:  # datasets, huggingface_hub and a task's own code raise anything
-        raise InputError(
-            f"--tasks {name}: cannot be loaded ({_described(error)}); its data set is downloaded "
-            "on first use and then kept: without a network run it once where there is one"
-        ) from error
     model = {"pretrained": str(directory), "dtype": str(dtype).removeprefix("torch.")}
     batch_size = "auto" if device.type == "cuda" else 1
     try:
         return simple_evaluate(
-            "hf", model, tasks, batch_size=batch_size, device=device.type, task_manager=index,
-            log_samples=False,
+            "hf", model, tasks.chosen, batch_size=batch_size, device=device.type,
+            task_manager=tasks.index, log_samples=False,
         )  # fmt: skip
     except Exception as error:
         if is_memory_full(error):
             raise
-        raise InputError(
-            f"--tasks {','.join(names)}: lm_eval cannot run it ({_described(error)})"
-        ) from error
+        raise InputError(f"--tasks: lm_eval cannot run them ({_described(error)})") from error
 
 
 def _described(error: Exception) -> str:
-    return f"{type(error).__name__}: {first_line(error)}"
+    """An error of the harness, and what to do."""
+    said = f"{type(error).__name__}: {first_line(error)}"
+    if isinstance(error, ConnectionError):
+        return f"{said}; data sets are downloaded on first use, which needs a network"
+    return f"{said}; DEBUG=1 shows where"
 
 
 def as_json(report: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -179,12 +180,15 @@ QUESTIONS = [
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with tasks on local JSON: two, a group of them, one without its data."""
+    """A directory with tasks on local JSON: two, a group of them, one of texts that do not fit, one
+    without its data."""
     pytest.importorskip("lm_eval", reason="requirements-eval.txt is not installed")
 
     def make(directory: Path) -> None:
         directory.mkdir()
-        for name, rows in (("first", QUESTIONS[:12]), ("second", QUESTIONS[12:]), ("gone", [])):
+        long = [{**QUESTIONS[0], "text": "Line " * 200}] * 2
+        several = {"first": QUESTIONS[:12], "second": QUESTIONS[12:], "long": long, "gone": []}
+        for name, rows in several.items():
             lines = "".join(json.dumps(row) + "\n" for row in rows)
             if rows:
                 (directory / f"{name}.jsonl").write_text(lines, encoding="utf-8")
@@ -259,16 +263,33 @@ def test_tasks_that_cannot_be_run(run: Path, tasks: Path) -> None:
         line = f"--tasks {name}: there is no such task; did you mean {near}"
         assert line in unknown.stdout
     assert "Traceback" not in unknown.stdout
-    from lm_eval.tasks import TaskManager
 
-    index, cpu = TaskManager(include_path=tasks, include_defaults=False), torch.device("cpu")
-    model = run / "run/checkpoints/latest"
-    with pytest.raises(InputError, match="lines_gone: cannot be loaded .FileNotFoundError: "):
-        harness.run(model, ["lines_gone"], index, cpu, torch.float32)
-    report = harness.run(model, ["lines"], index, cpu, torch.float32)
+
+def test_a_report_of_the_harness(
+    run: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """A name and a group that has it are one; the dtype is the one that was asked for; groups have
+    a table; a text that does not fit is said once; what cannot be loaded is named."""
+    import lm_eval.tasks
+
+    own = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", own)  # thousands of files take seconds
+    loaded = harness.load(["lines_*st", "lines", "lines_long"], tasks)
+    assert len(loaded.chosen) == 2
+    model, cpu = run / "run/checkpoints/latest", torch.device("cpu")
+    report = harness.run(model, loaded, cpu, torch.float32)
     assert report["config"]["model_dtype"] == torch.float32
     tables = harness.table(report)
-    assert sum(line.startswith("|lines") for line in tables) == 2, "with that of the groups"
+    assert sum(line.startswith("|lines ") for line in tables) == 2, "with that of the groups"
+    assert capfd.readouterr().err.count("exceeds model's maximum length") == 1
+    with pytest.raises(InputError, match="lines_gone: cannot be loaded .FileNotFoundError: "):
+        harness.load(["lines_gone"], tasks)
+    (tmp_path / "bad.yaml").write_text("task: bad\n  metric: [\n")
+    with pytest.raises(ConfigError, match=r"bad\.yaml: mapping values .* line 2"):
+        harness.load(["bad"], tmp_path)
+    with pytest.raises(ConfigError, match="no such task; --include_path takes its directory"):
+        harness.load(["first.yaml"], tasks)
 
 
 @pytest.mark.parametrize(
@@ -296,8 +317,5 @@ def test_the_harness_is_not_installed(run: Path, tmp_path: Path) -> None:
     result = evaluate(run, *words, PYTHONPATH=str(tmp_path))
     assert result.returncode == 2
     assert "--tasks: needs lm_eval; pip install -r requirements-eval.txt" in result.stdout
-    (tmp_path / "bad.yaml").write_text("task: bad\n  metric: [\n")
-    with pytest.raises(ConfigError, match=r"bad\.yaml: mapping values .* line 2"):
-        harness.choose(["bad"], tmp_path)
     report = {"results": {"a": {"acc": np.float64(0.5), "acc_stderr": math.nan}}, "config": {}}
     assert harness.as_json(report) == {"results": {"a": {"acc": 0.5, "acc_stderr": None}}}

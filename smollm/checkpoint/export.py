@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smollm import atomic
+from smollm import atomic, fault_injection
 from smollm.checkpoint import pretrained, store
 from smollm.checkpoint.pretrained import Pretrained
 from smollm.config import ModelConfig
@@ -21,17 +21,25 @@ from smollm.errors import CheckpointError, ConfigError, InputError, ResourceErro
 
 if TYPE_CHECKING:  # needed for an export only
     import gguf
-    import numpy as np
     from tokenizers import Tokenizer
     from torch import Tensor
 
+    from smollm.data.tokenizer import TokenizerFiles
+
 DTYPES = ("f16", "f32", "bf16", "q8_0")  # of matrices in a GGUF file; vectors are f32
-_LARGEST = {"f16": 65504.0, "q8_0": 127 * 65504.0}  # q8_0: a block of 32 has an f16 scale
+_LARGEST = {  # that a dtype holds; q8_0: a block of 32 has an f16 scale
+    "f16": 65504.0, "q8_0": 127 * 65504.0, "bf16": 3.3895e38, "f32": 3.4028e38,
+}  # fmt: skip
 _BLOCK = 32
+# Of a directory for the Hub, beside the weights.
+_DOCUMENTS = (
+    *(name for name in store.MODEL_FILES if name != store.WEIGHTS),
+    "chat_template.jinja", "special_tokens_map.json",
+)  # fmt: skip
 # The steps that divide a text before the merges, as tokenizer.json names them, and llama.cpp's name
 # for them.
 _PRE_TOKENIZERS = {("ByteLevel",): "gpt-2", ("Digits", "ByteLevel"): "smollm"}
-# What llama.cpp does in them, and with the merges.
+# What llama.cpp does in them, with the merges, and with tokens that were added.
 _OPTIONS = {
     "ByteLevel": {"add_prefix_space": False, "use_regex": True},
     "Digits": {"individual_digits": True},
@@ -39,6 +47,7 @@ _OPTIONS = {
         "continuing_subword_prefix": "", "end_of_word_suffix": "", "byte_fallback": False,
         "ignore_merges": False,
     },
+    "added token": {"lstrip": False, "rstrip": False, "single_word": False},
 }  # fmt: skip
 
 
@@ -72,15 +81,19 @@ def published(output: Path, needed: int) -> Iterator[Path]:
         folder = atomic.temporary_directory(output)
         made = folder / output.name
         yield made
+        fault_injection.point("export.written")
         for path in (*made.glob("*"), made):  # a directory's files, or a file
             atomic.flush(path)
-        require_new(output)
+        try:  # to claim the name: what another process made meanwhile is not replaced
+            output.mkdir() if made.is_dir() else output.touch(exist_ok=False)
+        except FileExistsError:
+            require_new(output)
         os.rename(made, output)
         atomic.flush(output.parent)
     except OSError as error:
-        if atomic.is_disk_full(error):
+        if atomic.is_disk_full(error) or error.errno is None:  # NumPy's: written in part
             raise ResourceError(
-                f"{output}: {error.strerror}; {needed:,} bytes are needed and "
+                f"{output}: {error.strerror or 'No space left'}; {needed:,} bytes are needed and "
                 f"{atomic.free_bytes(output.parent):,} are free there"
             ) from error
         if error.filename is None or atomic.TEMPORARY in str(error.filename):
@@ -118,8 +131,9 @@ def write_gguf(found: Pretrained, output: Path, dtype: str) -> None:
     """
     import gguf
 
-    tokenizer, end = pretrained.load_tokenizer(found)
-    pre = pre_tokenizer(json.loads(tokenizer.to_str()), found.tokenizer().where)
+    files = found.tokenizer()  # and then the weights: a run may remove a checkpoint, which it
+    tokenizer, end = pretrained.load_tokenizer(found, files)  # renames first
+    pre = pre_tokenizer(json.loads(tokenizer.to_str()), files.where)
     weights = pretrained.read_weights(found)
     architecture = gguf.MODEL_ARCH[found.model.architecture.upper()]
     names = gguf.get_tensor_name_map(architecture, found.model.num_hidden_layers)
@@ -128,15 +142,18 @@ def write_gguf(found: Pretrained, output: Path, dtype: str) -> None:
         writer = gguf.GGUFWriter(path, found.model.architecture)
         writer.add_name(Path(found.name).resolve().name)
         _add_model(writer, found.model)
-        _add_tokenizer(writer, found, tokenizer, end)
+        _add_tokenizer(writer, tokenizer, end, files, found.model.vocab_size)
         writer.add_tokenizer_pre(pre)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        kind = "ALL_F32" if dtype == "f32" else f"MOSTLY_{dtype.upper()}"
-        writer.add_file_type(gguf.LlamaFileType[kind])
+        file_type = "ALL_F32" if dtype == "f32" else f"MOSTLY_{dtype.upper()}"
+        writer.add_file_type(gguf.LlamaFileType[file_type])
         for name, tensor in weights.items():
+            kind = _dtype_of(tensor, dtype)
+            require_within(f"{found.name}: {name}", tensor, kind)
             rows = _permuted(name, tensor, found.model).float().numpy()
-            data, raw_dtype = _converted(f"{found.name}: {name}", rows, dtype)
+            raw_dtype = gguf.GGMLQuantizationType[kind.upper()]
             theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+            data = gguf.quants.quantize(rows, raw_dtype)
             writer.add_tensor(theirs, data, raw_dtype=raw_dtype)
         try:
             writer.write_header_to_file()
@@ -173,38 +190,50 @@ def pre_tokenizer(content: dict[str, Any], where: str) -> str:
     Raises:
         InputError: llama.cpp has none that does the same, or this is no byte-level BPE.
     """
+    from tokenizers.pre_tokenizers import ByteLevel
+
     step = content["pre_tokenizer"] or {"type": "no pre-tokenizer"}
     steps = step.get("pretokenizers", [step])
     kinds = tuple(each["type"] for each in steps)
+    model = content["model"]
+    parts = [(part["type"], part) for part in (model, *steps)]
+    parts += [("added token", token) for token in content["added_tokens"]]
     other = [
-        f"{values['type']} with {key} {values[key]}"
-        for values in (content["model"], *steps)
-        for key, expected in _OPTIONS.get(values["type"], {}).items()
+        f"{kind} with {key} {values[key]}"
+        for kind, values in parts
+        for key, expected in _OPTIONS.get(kind, {}).items()
         if values.get(key) not in (None, expected)
     ]
-    if content["model"]["type"] != "BPE":
-        other.append(content["model"]["type"])
+    if model["type"] != "BPE":
+        other.append(model["type"])
+    elif model["unk_token"] and not set(ByteLevel.alphabet()) <= model["vocab"].keys():
+        other.append("BPE with unk_token, without an entry for each byte")
     if content["normalizer"]:
         other.append(f"normalizer {content['normalizer']['type']}")
     if kinds not in _PRE_TOKENIZERS:
-        other.append(", ".join(kinds))
+        other.append(", ".join(kinds) or "an empty sequence of pre-tokenizers")
     if other:
         raise InputError(
-            f"{where}: is not written as GGUF here ({'; '.join(other)}); the byte-level BPE that "
+            f"{where}: is not written as GGUF here ({'; '.join(sorted(set(other)))}); the "
+            "byte-level BPE that "
             "tokenizer.source train learns, GPT-2's and SmolLM2's are"
         )
     return _PRE_TOKENIZERS[kinds]
 
 
 def _add_tokenizer(
-    writer: gguf.GGUFWriter, found: Pretrained, tokenizer: Tokenizer, end: int
+    writer: gguf.GGUFWriter, tokenizer: Tokenizer, end: int, files: TokenizerFiles, rows: int
 ) -> None:
-    """The vocabulary, the merges and the special tokens; rows without a token are unused ones."""
+    """The vocabulary, the merges and the special tokens.
+
+    Args:
+        rows: of the embedding; those without a token are written as unused ones.
+    """
     import gguf
 
-    from smollm.data.tokenizer import special_ids
+    from smollm.data.tokenizer import chat_template, special_ids
 
-    content, config = json.loads(tokenizer.to_str()), found.tokenizer().config
+    content = json.loads(tokenizer.to_str())
     special = {token["id"]: token["special"] for token in content["added_tokens"]}
     special[end] = True
     texts = {number: text for text, number in tokenizer.get_vocab(with_added_tokens=True).items()}
@@ -214,9 +243,9 @@ def _add_tokenizer(
             return gguf.TokenType.CONTROL if special[number] else gguf.TokenType.USER_DEFINED
         return gguf.TokenType.NORMAL if number in texts else gguf.TokenType.UNUSED
 
-    numbers = range(found.model.vocab_size)
+    numbers = range(rows)
     merges = content["model"]["merges"]
-    ids = special_ids(tokenizer, end, config)
+    ids = special_ids(tokenizer, end, files.config)
     writer.add_tokenizer_model("gpt2")  # llama.cpp's word for any byte-level BPE
     writer.add_token_list([texts.get(number, f"[PAD{number}]") for number in numbers])
     writer.add_token_types([kind(number) for number in numbers])
@@ -227,7 +256,11 @@ def _add_tokenizer(
     writer.add_add_bos_token(False)  # a text begins with its first token, as in training
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)
-    if template := config.get("chat_template"):
+    try:
+        template = chat_template(files.config)
+    except ValueError as error:
+        raise InputError(f"{files.where}: {error}") from error
+    if template:
         writer.add_chat_template(template)
 
 
@@ -246,29 +279,21 @@ def _permuted(name: str, tensor: Tensor, model: ModelConfig) -> Tensor:
     return tensor.view(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns)
 
 
-def _converted(
-    name: str, data: np.ndarray, dtype: str
-) -> tuple[np.ndarray, gguf.GGMLQuantizationType]:
-    """fp32 numbers as they are written, and as what.
+def _dtype_of(tensor: Tensor, dtype: str) -> str:
+    """How a tensor is written in a file of `dtype`."""
+    if tensor.ndim == 1:
+        return "f32"
+    return "f16" if dtype == "q8_0" and tensor.shape[-1] % _BLOCK else dtype
 
-    Args:
-        name: of the tensor, for errors.
-    """
-    import gguf
-    import numpy as np
 
-    if data.ndim == 1:
-        dtype = "f32"
-    elif dtype == "q8_0" and data.shape[-1] % _BLOCK:
-        dtype = "f16"
-    largest, limit = np.abs(data).max(), _LARGEST.get(dtype, np.finfo(np.float32).max)
-    if largest > limit:
+def require_within(name: str, tensor: Tensor, dtype: str) -> None:
+    """Raise CheckpointError where a tensor, of that name, holds more than its dtype can."""
+    largest = float(tensor.abs().max())
+    if largest > _LARGEST[dtype]:
+        hint = "; bf16 and f32 hold more" if dtype in ("f16", "q8_0") else ""
         raise CheckpointError(
-            f"{name} holds {largest:g}, and {dtype} ends at {limit:g}; export it with --dtype "
-            "bf16 or f32"
+            f"{name} holds {largest:g}, and {dtype} ends at {_LARGEST[dtype]:g}{hint}"
         )
-    raw_dtype = gguf.GGMLQuantizationType[dtype.upper()]
-    return gguf.quants.quantize(data, raw_dtype), raw_dtype
 
 
 # --- a directory for the Hub ---------------------------------------------------------------------
@@ -284,19 +309,20 @@ def write_bf16(found: Pretrained, output: Path) -> None:
     """
     import torch
 
-    from smollm.data.tokenizer import CHAT_TEMPLATE
-
+    # The weights last: a run may remove a checkpoint, which it renames first.
+    paths = (found.directory / name for name in _DOCUMENTS)
+    documents = {path.name: path.read_bytes() for path in paths if path.is_file()}
     pretrained.load_tokenizer(found)
     weights = pretrained.read_weights(found)
-    config = atomic.read_json(found.directory / store.MODEL_CONFIG)
+    for name, tensor in weights.items():
+        require_within(f"{found.name}: {name}", tensor, "bf16")
+    config = json.loads(documents[store.MODEL_CONFIG])
     config.pop("torch_dtype", None)  # the older name
     bf16 = {name: tensor.to(torch.bfloat16) for name, tensor in weights.items()}
     size = sum(tensor.nbytes for tensor in bf16.values())
     with published(output, size + (1 << 24)) as directory:
         directory.mkdir()
-        for name in (*store.MODEL_FILES, CHAT_TEMPLATE):
-            path = found.directory / name
-            if name != store.WEIGHTS and path.is_file():
-                (directory / name).write_bytes(path.read_bytes())
+        for name, content in documents.items():
+            (directory / name).write_bytes(content)
         atomic.write_json(directory / store.MODEL_CONFIG, {**config, "dtype": "bfloat16"})
         store.save_tensors(bf16, directory / store.WEIGHTS)

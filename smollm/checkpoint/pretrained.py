@@ -7,16 +7,16 @@ repository of the Hub. Only tensors and JSON are read.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from smollm import atomic, hub
 from smollm.checkpoint import huggingface, store
 from smollm.config import FixedModel, ModelConfig
 from smollm.config_reader import model_config
-from smollm.errors import CheckpointError, first_line
+from smollm.errors import CheckpointError, InputError, first_line
 
 if TYPE_CHECKING:  # a command must find its model before torch is imported
     import torch
@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # a command must find its model before torch is imported
 INDEX = "model.safetensors.index.json"  # which of several files holds which tensor
 FETCHED = ("*.safetensors", "*.json", "*.jinja")  # of a repository of the Hub
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.bin.index.json")
+Used = TypeVar("Used")
 # Tensors that are no weights: older versions of transformers saved the rotary frequencies.
 _NO_WEIGHTS = re.compile(r".*\.rotary_emb\.inv_freq")
 
@@ -90,6 +91,25 @@ def find(source: str, with_weights: bool = True) -> Pretrained:
     files = _files(directory, name, of_hub) if with_weights else ()
     dropouts = huggingface.dropouts(content)
     return Pretrained(repository or source, name, directory, model, files, dropouts)
+
+
+def current(source: str, use: Callable[[Pretrained], Used]) -> Used:
+    """What `use` makes of the model that `find` gives.
+
+    Where a run removed it meanwhile, and a link such as `latest` was named, of the one that the
+    link names now.
+
+    Raises:
+        CheckpointError, InputError: as `find` and `use` do.
+    """
+    directory = atomic.follow(Path(source))
+    while True:
+        try:
+            return use(find(source))
+        except (CheckpointError, InputError):
+            tried, directory = directory, atomic.follow(Path(source))
+            if directory == tried:
+                raise
 
 
 def _read_config(directory: Path, name: str, of_hub: bool) -> tuple[dict[str, Any], ModelConfig]:
@@ -174,15 +194,18 @@ def load(found: Pretrained, device: torch.device, dtype: torch.dtype) -> CausalL
     return model.to(device, dtype).eval()
 
 
-def load_tokenizer(found: Pretrained) -> tuple[Tokenizer, int]:
+def load_tokenizer(found: Pretrained, files: TokenizerFiles | None = None) -> tuple[Tokenizer, int]:
     """The tokenizer and the id of its end-of-text token.
+
+    Args:
+        files: what `found.tokenizer()` gave already.
 
     Raises:
         InputError: there is none, or it cannot be used.
     """
     from smollm.data import tokenizer
 
-    files = found.tokenizer()
+    files = files or found.tokenizer()
     parsed = tokenizer.parse(files.content, files.where)
     tokenizer.require_rows(parsed, found.model.vocab_size, files.where)
     return parsed, tokenizer.end_token(parsed, files.eos_token, files.where)

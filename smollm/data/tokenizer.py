@@ -92,9 +92,29 @@ def read_files(directory: Path, where: str | None = None) -> TokenizerFiles:
             config = dict(atomic.read_json(directory / CONFIG))
         if (directory / CHAT_TEMPLATE).is_file():
             config.setdefault("chat_template", atomic.read_text(directory / CHAT_TEMPLATE))
+        json.dumps(config, ensure_ascii=False).encode()  # a half of a surrogate pair is no text
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{directory}: its {FILE} or {CONFIG} cannot be read: {error}") from error
     return TokenizerFiles(content, config, where or str(path))
+
+
+def chat_template(config: dict[str, Any]) -> str | None:
+    """The chat template of a tokenizer_config.json, of several the default one; None: none.
+
+    Raises:
+        ValueError: it is malformed.
+    """
+    template = config.get("chat_template")
+    try:
+        if isinstance(template, list):
+            template = {each["name"]: each["template"] for each in template}
+        if isinstance(template, dict):
+            template = template.get("default")
+    except (TypeError, KeyError) as error:
+        raise ValueError("its chat_template is malformed") from error
+    if not isinstance(template, str | None):
+        raise ValueError("its chat_template is no text")
+    return template
 
 
 def parse(text: str, where: str, log: Log = lambda line: None) -> Tokenizer:

@@ -18,7 +18,15 @@ from data_helpers import GPT2
 from helpers import ROOT, call, finished_run, made_once, train, write_tiny
 from pretrained_helpers import STOP, TEMPLATE, loss_of, write_model
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from smollm.checkpoint import export
@@ -45,8 +53,8 @@ def must_export(directory: Path, *words: str) -> str:
 def foreign(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a model of another tool, bf16 in several files: `llama` or `starcoder2`.
 
-    Its end-of-text token has the highest id, and is an ordinary entry where Starcoder2's is. A
-    matrix of Starcoder2 has rows of 144 numbers.
+    The end-of-text token is 509. Llama has an added token that is no special one, 510; Starcoder2
+    has none, a padding token, and a matrix with rows of 144 numbers.
     """
     family = request.param
 
@@ -59,8 +67,12 @@ def foreign(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         last = max(vocabulary, key=vocabulary.get)
         vocabulary[STOP], vocabulary[last] = vocabulary[last], vocabulary[STOP]
         added[0]["id"] = vocabulary[STOP]
+        added.append({**added[0], "id": 510, "content": "<think>", "special": False})
         if family == "starcoder2":
             added.clear()
+            config = json.loads(path.with_name("tokenizer_config.json").read_text())
+            config["pad_token"] = "zq"
+            path.with_name("tokenizer_config.json").write_text(json.dumps(config))
         path.write_text(json.dumps(content), encoding="utf-8")
 
     return made_once(tmp_path_factory, f"exported-{family}", make)
@@ -166,15 +178,19 @@ def test_gguf_says_what_the_model_is(foreign: Path, tmp_path: Path) -> None:
     tokens = found["tokenizer.ggml.tokens"]
     types = found["tokenizer.ggml.token_type"]
     assert {tokens[number]: number for number in range(510)} == vocabulary
-    assert tokens[510:] == [f"[PAD{number}]" for number in range(510, 520)]
     kinds = gguf.TokenType
-    assert types[vocabulary[STOP]] == kinds.CONTROL
+    assert types[509] == kinds.CONTROL
     assert types[vocabulary["zq"]] == types[300] == kinds.NORMAL
-    assert types[510:] == [kinds.UNUSED] * 10
+    if family == "llama":
+        assert (tokens[510], types[510]) == ("<think>", kinds.USER_DEFINED)
+    unused = range(511 if family == "llama" else 510, 520)
+    assert tokens[unused[0] :] == [f"[PAD{number}]" for number in unused]
+    assert types[unused[0] :] == [kinds.UNUSED] * len(unused)
     merges = [" ".join(pair) for pair in tokenizer["model"]["merges"]]
     assert found["tokenizer.ggml.merges"] == merges
     ids = [found[f"tokenizer.ggml.{name}_token_id"] for name in ("eos", "padding", "bos")]
-    assert ids == [509, 509, vocabulary["zq"]] and vocabulary[STOP] == 509
+    pad = 509 if family == "llama" else vocabulary["zq"]
+    assert ids == [509, pad, vocabulary["zq"]] and vocabulary[STOP] == 509
     for name in ("add_bos_token", "add_eos_token", "add_space_prefix"):
         assert found[f"tokenizer.ggml.{name}"] is False
     assert found["tokenizer.ggml.pre"] == "gpt-2"
@@ -207,6 +223,22 @@ def with_model(**options: Any) -> Tokenizer:
     return Tokenizer.from_str(json.dumps({**content, "model": {**content["model"], **options}}))
 
 
+def with_added(**options: bool) -> Tokenizer:
+    """A byte-level BPE with an added token that takes more, or less, than itself."""
+    tokenizer = byte_level()
+    tokenizer.add_tokens([AddedToken("cat", **options)])
+    return tokenizer
+
+
+def without_a_byte() -> Tokenizer:
+    """A byte-level BPE that has a token for a byte that it does not know."""
+    content = json.loads(byte_level().to_str())
+    content["model"]["unk_token"] = "<|pad|>"
+    vocabulary = content["model"]["vocab"]
+    vocabulary["\u0142\u0142"] = vocabulary.pop("\u0142")
+    return Tokenizer.from_str(json.dumps(content))
+
+
 def with_normalizer() -> Tokenizer:
     """A byte-level BPE of normalized texts."""
     tokenizer = byte_level()
@@ -233,6 +265,10 @@ def test_pre_tokenizers_of_llama_cpp(foreign: Path, tmp_path: Path) -> None:
         (lambda: byte_level(pre_tokenizers.Split("x", "isolated")), "Split, ByteLevel"),
         (lambda: byte_level(*[pre_tokenizers.Digits(True)] * 2), "Digits, Digits, ByteLevel"),
         (with_normalizer, "normalizer NFC"),
+        (lambda: with_added(lstrip=True), "added token with lstrip True"),
+        (lambda: with_added(rstrip=True), "added token with rstrip True"),
+        (lambda: with_added(single_word=True), "added token with single_word True"),
+        (without_a_byte, "BPE with unk_token, without an entry for each byte"),
         (lambda: with_model(ignore_merges=True), "BPE with ignore_merges True"),
         (lambda: with_model(byte_fallback=True), "BPE with byte_fallback True"),
         (lambda: with_model(end_of_word_suffix="</w>"), "BPE with end_of_word_suffix </w>"),
@@ -344,6 +380,47 @@ def test_a_target_that_appears_meanwhile_stays(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [output]
 
 
+@pytest.mark.parametrize("form", ["gguf", "safetensors-bf16"])
+def test_an_export_that_is_interrupted_leaves_nothing(
+    foreign: Path, tmp_path: Path, form: str
+) -> None:
+    """SIGTERM, Ctrl-C, and a disk that is full half-way."""
+    words = [str(foreign / family_of(foreign)), "--format", form, "--output", "made"]
+    for fault, code in (("term", 143), ("int", 130)):
+        result = exported(tmp_path, *words, FAULT=f"export.written:{fault}:1")
+        assert result.returncode == code, result.stdout
+    script = [sys.executable, str(ROOT / "checkpoint.py"), "export", *words]
+    full = call(tmp_path, ["bash", "-c", 'ulimit -f 64; "$0" "$@"', *script])
+    assert full.returncode == 3, full.stdout
+    assert full.stdout.startswith("error: made: ") and "bytes are needed" in full.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("template", "line"),
+    [
+        (5, "its chat_template is no text"),
+        (["a"], "its chat_template is malformed"),
+        ([{"name": "rag"}], "its chat_template is malformed"),
+        ("\ud800", "surrogates not allowed"),
+        ([{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}], "d"),
+        ({"default": "d", "rag": "r"}, "d"),
+    ],
+)
+def test_chat_templates(foreign: Path, tmp_path: Path, template: object, line: str) -> None:
+    """The default one of several; one that is none is named."""
+    model = shutil.copytree(foreign / family_of(foreign), tmp_path / "model")
+    (model / "chat_template.jinja").unlink()
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    path = model / "tokenizer_config.json"
+    path.write_text(json.dumps({**config, "chat_template": template}))
+    result = exported(tmp_path, "model", "--format", "gguf", "--output", "m.gguf")
+    if line != "d":
+        assert result.returncode == 3 and line in result.stdout, result.stdout
+        return
+    assert fields(tmp_path / "m.gguf")["tokenizer.chat_template"] == line
+
+
 def test_a_damaged_checkpoint_is_not_exported(
     tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
 ) -> None:
@@ -365,10 +442,22 @@ def test_a_damaged_checkpoint_is_not_exported(
     save_file(weights, made / "model.safetensors", metadata={"format": "pt"})
     result = exported(tmp_path, "large", "--format", "gguf", "--output", "x.gguf")
     assert result.returncode == 3
-    line = "large: model.layers.1.mlp.c_fc.weight holds 70144, and f16 ends at 65504; export it"
+    line = "large: model.layers.1.mlp.c_fc.weight holds 70144, and f16 ends at 65504; bf16 and f32"
     assert line in result.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["large"], "a part was left"
     must_export(tmp_path, "large", "--format", "gguf", "--dtype", "bf16", "--output", "x.gguf")
+    for value, dtype, *words in (
+        (1e7, "q8_0", "gguf", "--dtype", "q8_0"),
+        (3.4e38, "bf16", "gguf", "--dtype", "bf16"),
+        (3.4e38, "bf16", "safetensors-bf16"),
+        (1e300, "f32", "gguf", "--dtype", "f32"),
+    ):
+        weights = {name: tensor.double() for name, tensor in weights.items()}
+        weights["model.layers.1.mlp.c_fc.weight"][3, 5] = value
+        save_file(weights, made / "model.safetensors", metadata={"format": "pt"})
+        result = exported(tmp_path, "large", "--format", *words, "--output", "y")
+        assert result.returncode == 3
+        assert f"holds {value:g}, and {dtype} ends at" in result.stdout
 
 
 # --- llama.cpp -----------------------------------------------------------------------------------

@@ -13,7 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 from data_helpers import held_out, prepare, tokens_of
-from helpers import ROOT, call, digest, events, made_once, step_directory, train, write_tiny
+from helpers import (
+    ROOT,
+    call,
+    digest,
+    events,
+    finished_run,
+    made_once,
+    step_directory,
+    train,
+    write_tiny,
+)  # fmt: skip
 from hub_helpers import serving
 from pretrained_helpers import STOP, TEMPLATE, loss_of, write_model
 from safetensors.torch import load_file, save_file
@@ -38,6 +48,30 @@ def corpus_of(directory: Path, model: Path) -> Corpus:
         fixed=found.fixed("the model"),
     )
     return prepare(config, directory / "text.txt", given=found.tokenizer())
+
+
+def test_a_model_that_is_pruned_while_it_is_used(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    """`latest` is taken again, where it names another now; else the error stands."""
+    steps = finished_run(tmp_path_factory) / "run/checkpoints"
+    for step in ("step_000010", "step_000012"):
+        shutil.copytree(steps / step, tmp_path / step)
+    latest = tmp_path / "latest"
+    latest.symlink_to("step_000010")
+    tried = []
+
+    def use(found: pretrained.Pretrained) -> int:
+        tried.append(found.directory.name)
+        shutil.rmtree(found.directory)
+        if tried == ["step_000010"]:
+            latest.unlink()
+            latest.symlink_to("step_000012")
+        return len(pretrained.read_weights(found)) + len(pretrained.load_tokenizer(found))
+
+    with pytest.raises(CheckpointError):
+        pretrained.current(str(latest), use)
+    assert tried == ["step_000010", "step_000012"]
 
 
 # --- starting ------------------------------------------------------------------------------------
