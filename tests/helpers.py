@@ -133,7 +133,8 @@ def environment(**extra: str) -> dict[str, str]:
     kept = {
         k: v
         for k, v in os.environ.items()
-        if not k.startswith(("WANDB_", "FAULT", "DEBUG", "EXIT_CODE")) and k != "OMP_NUM_THREADS"
+        if not k.startswith(("WANDB_", "FAULT", "DEBUG", "EXIT_CODE"))
+        and k not in ("OMP_NUM_THREADS", "PYTHONUNBUFFERED")
     }
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # for train.sh's `python`
     return {**kept, "PATH": path, "OMP_NUM_THREADS": "1", **extra}
