@@ -126,7 +126,7 @@ def _interact(
     sys.stdin.reconfigure(errors="replace")
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     cli.warn(
-        "type a text and Enter, and it is continued; Ctrl-C stops, Ctrl-D on an empty line ends "
+        "type a text and press Enter: it is continued; Ctrl-C stops, Ctrl-D on an empty line ends "
         f"(--seed {seed})"
     )
     for number in itertools.count():
