@@ -49,15 +49,18 @@ def load(names: list[str], include_path: Path | None) -> Tasks:
         ConfigError: a name is not known, or the directory cannot be used.
         InputError: a task cannot be loaded, as where its data set cannot be had.
     """
-    if include_path:
-        _check(include_path)
+    if include_path and not include_path.is_dir():
+        raise ConfigError(
+            f"--include_path {include_path}: is not a directory; give the one with the YAML files"
+        )
     _set_up_logging()
     from lm_eval.tasks import TaskManager
 
     index = TaskManager(include_path=include_path)
     found = {name: index.match_tasks([name]) for name in names}
     if unknown := [name for name in names if not found[name]]:
-        raise ConfigError(*(_unknown(name, index.all_tasks) for name in unknown))
+        problems = [_unknown(name, index.all_tasks) for name in unknown]
+        raise ConfigError(*problems, *(_skipped(include_path) if include_path else ()))
     tasks: dict[str, Any] = {}
     groups: dict[str, Any] = {}
     inside: set[str] = set()  # tasks and groups of a group
@@ -99,12 +102,8 @@ def _set_up_logging() -> None:
         logging.getLogger(library).setLevel(logging.ERROR)
 
 
-def _check(include_path: Path) -> None:
-    """Raise ConfigError where a directory of tasks is none, or has a file that lm_eval skips."""
-    if not include_path.is_dir():
-        raise ConfigError(
-            f"--include_path {include_path}: is not a directory; give the one with the YAML files"
-        )
+def _skipped(include_path: Path) -> list[str]:
+    """The files of a directory of tasks that are no YAML, which the harness skips."""
     problems = []
     for path in sorted(include_path.rglob("*.yaml")):
         try:
@@ -112,8 +111,7 @@ def _check(include_path: Path) -> None:
                 pass
         except (OSError, ValueError, yaml.YAMLError) as error:
             problems.append(f"--include_path {path}: {' '.join(str(error).split())}")
-    if problems:
-        raise ConfigError(*problems)
+    return problems
 
 
 def run(directory: Path, tasks: Tasks, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

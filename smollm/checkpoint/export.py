@@ -214,9 +214,8 @@ def pre_tokenizer(content: dict[str, Any], where: str) -> str:
         other.append(", ".join(kinds) or "an empty sequence of pre-tokenizers")
     if other:
         raise InputError(
-            f"{where}: is not written as GGUF here ({'; '.join(sorted(set(other)))}); the "
-            "byte-level BPE that "
-            "tokenizer.source train learns, GPT-2's and SmolLM2's are"
+            f"{where}: is not written as GGUF here ({'; '.join(sorted(set(other)))}); what "
+            "tokenizer.source train learns, GPT-2's and SmolLM2's tokenizers are"
         )
     return _PRE_TOKENIZERS[kinds]
 
