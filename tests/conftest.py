@@ -18,12 +18,14 @@ def pytest_configure(config: pytest.Config) -> None:
     """Declare the markers."""
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU")
     config.addinivalue_line("markers", "slow: runs with --slow only")
+    config.addinivalue_line("markers", "long: takes 20 s or more, so it starts before the others")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip, with the reason, what cannot or should not run here."""
+    """Begin with the long tests; skip, with the reason, what cannot or should not run here."""
     import torch
 
+    items.sort(key=lambda item: "long" not in item.keywords)  # at the end the others would wait
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="there is no CUDA GPU"))

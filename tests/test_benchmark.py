@@ -49,6 +49,7 @@ def measured(tmp_path_factory):
     return directory, json.loads(result), printed
 
 
+@pytest.mark.long
 def test_every_measurement_has_every_side(measured):
     _, result, _ = measured
     for name, sides in SIDES.items():

@@ -45,6 +45,7 @@ def test_a_file_holds_what_differs_and_counts_its_parameters(path: Path) -> None
     assert f"{count:,}" in path.read_text("utf-8").split("\n\n")[0]
 
 
+@pytest.mark.long
 def test_smollm2_takes_a_step(tmp_path: Path) -> None:
     """The published shape, with a learned tokenizer, one step on the CPU: 134,515,008 weights in
     the file."""

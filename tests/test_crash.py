@@ -111,6 +111,7 @@ def _survives(directory: Path, kills: int, seed: int, fork: bool, forty: list[Pa
 @pytest.mark.parametrize(
     ("seed", "kills", "fork"), [(0, 1, False), *((seed, 6, True) for seed in range(1, 5))]
 )
+@pytest.mark.long
 def test_kill_at_random_times(
     forty: list[Path], tmp_path: Path, seed: int, kills: int, fork: bool
 ) -> None:

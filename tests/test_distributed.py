@@ -247,6 +247,7 @@ def test_fsdp_takes_back_our_connections(monkeypatch: pytest.MonkeyPatch, ours: 
     assert ("CUDA_DEVICE_MAX_CONNECTIONS" in os.environ) != ours
 
 
+@pytest.mark.long
 def test_train_sh_with_two_processes_and_a_signal(reference: Path, tmp_path: Path) -> None:
     """SIGUSR1, a cluster's warning, goes through torchrun: saved, 138, nobody left, and resumed."""
     write_tiny(tmp_path)
@@ -368,6 +369,7 @@ def test_ranks_that_disagree(tmp_path: Path, change: str, code: str, said: str) 
     assert not list((tmp_path / "run").rglob("step_*"))
 
 
+@pytest.mark.long
 def test_rank_0_chooses_the_checkpoint(reference: Path, tmp_path: Path) -> None:
     """After its sweep, for all: killed between the two renames of a save, both ranks go on from
     what rank 0 brings back; and a rank that sees another directory is named."""

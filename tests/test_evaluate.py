@@ -229,6 +229,7 @@ def scores(directory: Path, rows: list[dict]) -> tuple[float, float]:
     return tuple(hits / len(rows))
 
 
+@pytest.mark.long
 def test_tasks_of_the_harness(run: Path, tasks: Path) -> None:
     """A group of two tasks: the scores are what transformers' likelihoods say; table and JSON."""
     words = ["--checkpoint", "run/checkpoints/latest", "--include_path", str(tasks)]

@@ -151,6 +151,7 @@ def test_model_card_and_state(run: Path) -> None:
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the folder of test texts is not here")
+@pytest.mark.long
 def test_the_full_model_takes_two_steps(tmp_path: Path) -> None:
     """The 123,654,144-parameter model, two steps on the CPU, saved whole."""
     write_tiny(tmp_path)
@@ -228,6 +229,7 @@ def test_train_sh_answers_for_itself(tmp_path: Path) -> None:
     assert "Traceback" not in gone.stdout
 
 
+@pytest.mark.long
 def test_train_sh_through_a_link_with_paths_of_the_caller(tmp_path: Path) -> None:
     """Every path is relative to where the command was typed, folders and globs too; both forms of
     a flag are known. A URL stays one, and without --input_file data.input_files serves."""

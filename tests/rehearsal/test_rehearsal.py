@@ -115,6 +115,7 @@ CASES = {
     "name",
     [pytest.param(name, marks=pytest.mark.slow) if name in NIGHT else name for name in CASES],
 )
+@pytest.mark.long
 def test_the_memory_is_what_was_estimated(library: Path, tmp_path: Path, name: str) -> None:
     """Two micro-batches on an H100: every peak within 5% of the estimate, and as in docs/gpu.md.
 
@@ -165,6 +166,7 @@ def train(library: Path, directory: Path, card: str, *words: str, **extra: str) 
     return result, output
 
 
+@pytest.mark.long
 def test_a_compiled_run_on_an_h100(library: Path, tmp_path: Path) -> None:
     """Set-up, probe, steps, evaluation, samples and saving, compiled, with full checkpointing: no
     seed is drawn from the global generator, which a resumed run would draw again."""

@@ -314,6 +314,7 @@ class _Dies(BaseHTTPRequestHandler):
 
 
 @pytest.mark.parametrize("returns", [False, True])
+@pytest.mark.long
 def test_a_server_that_dies_half_way(reference: Path, tmp_path: Path, returns: bool) -> None:
     """W2: W&B works at first; its server is killed in mid-run, and perhaps comes back."""
     died = threading.Event()
@@ -343,6 +344,7 @@ def test_a_server_that_dies_half_way(reference: Path, tmp_path: Path, returns: b
     assert "Tracking run" in output
 
 
+@pytest.mark.long
 def test_servers_that_do_not_work(reference: Path, tmp_path: Path) -> None:
     """W2: one refuses, one hangs, one answers 500, the three runs at once (they mostly wait): the
     losses are bitwise those without W&B, and each ends within 75 s."""
