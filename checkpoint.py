@@ -78,6 +78,7 @@ def export_model(arguments: argparse.Namespace) -> int:
         export.require_new(arguments.output)
 
     def write(found: Pretrained) -> str:
+        """Write one model; returns the line that says so."""
         name = Path(found.name).resolve().name
         output = arguments.output or Path(f"{name}-{dtype}.gguf" if is_gguf else f"{name}-bf16")
         if is_gguf:

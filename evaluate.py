@@ -159,6 +159,7 @@ def evaluate(found: Pretrained, config: Config, text: HeldOut) -> tuple[Result, 
     sizes = {n: text_bytes(tokens, text.tokenizer) for n, tokens in text.parts.items()}
 
     def result(name: str, found: Evaluation, size: int) -> Result:
+        """What the evaluation of a text of `size` bytes says."""
         bits = bits_per_byte(found.total, size)
         return Result(name, found.loss, perplexity(found.loss), found.tokens, size, bits)
 

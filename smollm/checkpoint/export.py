@@ -33,8 +33,7 @@ _LARGEST = {  # that a dtype holds; q8_0: a block of 32 has an f16 scale
 _BLOCK = 32
 # Of a directory for the Hub, beside the weights.
 _DOCUMENTS = (
-    *(name for name in store.MODEL_FILES if name != store.WEIGHTS),
-    "chat_template.jinja", "special_tokens_map.json",
+    *(name for name in store.MODEL_FILES if name != store.WEIGHTS), "special_tokens_map.json",
 )  # fmt: skip
 # The steps that divide a text before the merges, as tokenizer.json names them, and llama.cpp's name
 # for them.
@@ -238,6 +237,7 @@ def _add_tokenizer(
     texts = {number: text for text, number in tokenizer.get_vocab(with_added_tokens=True).items()}
 
     def kind(number: int) -> int:
+        """GGUF's type of a token, by its id."""
         if number in special:
             return gguf.TokenType.CONTROL if special[number] else gguf.TokenType.USER_DEFINED
         return gguf.TokenType.NORMAL if number in texts else gguf.TokenType.UNUSED
@@ -308,14 +308,16 @@ def write_bf16(found: Pretrained, output: Path) -> None:
     """
     import torch
 
+    from smollm.data.tokenizer import CHAT_TEMPLATE
+
     # The weights last: a run may remove a checkpoint, which it renames first.
-    paths = (found.directory / name for name in _DOCUMENTS)
+    paths = (found.directory / name for name in (*_DOCUMENTS, CHAT_TEMPLATE))
     documents = {path.name: path.read_bytes() for path in paths if path.is_file()}
     pretrained.load_tokenizer(found)
     weights = pretrained.read_weights(found)
     for name, tensor in weights.items():
         require_within(f"{found.name}: {name}", tensor, "bf16")
-    config = json.loads(documents[store.MODEL_CONFIG])
+    config = json.loads(documents.pop(store.MODEL_CONFIG))
     config.pop("torch_dtype", None)  # the older name
     bf16 = {name: tensor.to(torch.bfloat16) for name, tensor in weights.items()}
     size = sum(tensor.nbytes for tensor in bf16.values())
